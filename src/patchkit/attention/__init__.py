@@ -1,0 +1,1 @@
+"""Attention and KV cache: the store, the registered attention function, eviction methods."""

@@ -1,0 +1,128 @@
+"""Exact attention over plain tensors: torch's fused SDPA, or an explicit softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MAX_SCORES = 1 << 26
+"""Attention scores that the explicit softmax materialises at a time when no gradient is needed."""
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend from every query to all keys that the mask leaves visible.
+
+    Args:
+        query: `[B, H, Q, D]`, float.
+        key: `[B, H_kv, S, D]`, same dtype; `H` is a multiple of `H_kv` (grouped heads).
+        value: `[B, H_kv, S, Dv]`, same dtype.
+        scale: Factor on the logits, usually `D ** -0.5`.
+        mask: Broadcastable to `[B, H_kv, Q, S]` (or `H` heads): bool, True = attend, or an additive
+            float bias.
+        is_causal: Query i sees keys 0..i; needs `Q == S` and no mask.
+        dropout: Probability on the attention weights, 0 outside training.
+        softcap: `c * tanh(logits / c)` after scaling (Gemma 2), None for none.
+        sinks: `[H]` extra logits that join the softmax denominator only (gpt-oss).
+
+    Returns:
+        `[B, Q, H, Dv]`, contiguous, query dtype.
+    """
+    if softcap is None and sinks is None:
+        out = _sdpa(query, key, value, scale, mask, is_causal, dropout)
+    else:
+        out = _explicit(query, key, value, scale, mask, is_causal, dropout, softcap, sinks)
+    return out.transpose(1, 2).contiguous()
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout: float,
+) -> Tensor:
+    batch_size, num_heads, q_len, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    groups = num_heads // num_kv_heads
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    options: dict[str, Any] = {"dropout_p": dropout, "is_causal": is_causal, "scale": scale}
+    if groups == 1:
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+    if q_len == 1 and (mask is None or mask.shape[1] != num_heads):
+        # One query per head: the heads of a group become the queries of their KV head.
+        packed = query.reshape(batch_size, num_kv_heads, groups, head_dim)
+        out = F.scaled_dot_product_attention(packed, key, value, mask, **options)
+        return out.reshape(batch_size, num_heads, 1, value.shape[-1])
+    # torch's fused kernels take grouped heads only without a mask and with equal head sizes.
+    if mask is None and key.shape[-1] == value.shape[-1] <= 256:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+    if mask is not None and mask.shape[1] == num_kv_heads > 1:
+        mask = mask.repeat_interleave(groups, dim=1)
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, **options)
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    batch_size, num_heads, q_len, _ = query.shape
+    num_kv_heads, kv_len = key.shape[1:3]
+    grouped = query.unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
+    if is_causal:
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None and mask.shape[1] == num_heads:
+        mask = mask.unflatten(1, (num_kv_heads, -1))
+    elif mask is not None:
+        mask = mask[:, :, None]
+    rows = q_len
+    if not torch.is_grad_enabled():
+        rows = max(1, _MAX_SCORES // (batch_size * num_heads * kv_len))
+    outputs = []
+    for start in range(0, q_len, rows):
+        logits = grouped[..., start : start + rows, :] @ key[:, :, None].mT * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            part = mask[..., start : start + rows, :]
+            if part.dtype == torch.bool:
+                logits = logits.masked_fill(~part, torch.finfo(logits.dtype).min)
+            else:
+                logits = logits + part
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if sinks is not None:
+            sink = (
+                sinks.to(logits.dtype).view(1, num_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+            )
+            weights = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = logits.softmax(-1)
+        weights = (
+            F.dropout(weights.to(value.dtype), dropout) if dropout else weights.to(value.dtype)
+        )
+        outputs.append(weights @ value[:, :, None])
+    return torch.cat(outputs, dim=-2).flatten(1, 2)

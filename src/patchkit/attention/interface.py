@@ -1,0 +1,261 @@
+"""The attention and mask functions that patchkit registers with transformers.
+
+Both are registered once per process under the name `patchkit`, at the first `apply`. The attention
+function serves three kinds of calls: over a `KVStore` (inference), over another dynamic cache, and
+without a cache (training). Per-model state travels on the attention module as `_patchkit`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from patchkit.attention.dense import dense_attention
+from patchkit.attention.store import KVStore, check_cache
+from patchkit.attention.store_layer import StoreLayer
+from patchkit.errors import CacheError, UnsupportedGenerationError, UnsupportedModelError
+
+IMPLEMENTATION = "patchkit"
+"""Name of the attention implementation; contains none of the substrings transformers tests for."""
+
+_MAX_DECODE_ROWS = 128
+"""Queries times heads per KV head that one program of the decode kernel holds."""
+
+_UNSUPPORTED = ("position_bias", "indices", "block_indices", "cu_seq_lens_q", "cache")
+
+
+def register() -> None:
+    """Make the implementation known to transformers; idempotent."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
+
+
+def before_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Open the store of a forward pass: the pre-hook on the module that loops over the layers.
+
+    A pass that would create transformers' default cache gets a `KVStore` instead, unless gradients
+    are needed.
+
+    Raises:
+        CacheError: see `check_cache` and `KVStore.begin`.
+        UnsupportedGenerationError: `output_attentions=True`.
+    """
+    patch = decoder.__dict__["_patchkit"]
+    if args:
+        kwargs = {**dict(zip(_parameters(type(decoder).forward), args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions"):
+        raise UnsupportedGenerationError(
+            "attention weights are never materialised by patchkit's attention; call "
+            "patchkit.restore(model) and use attn_implementation='eager' for output_attentions"
+        )
+    past = kwargs.get("past_key_values")
+    eviction = patch.active().get("kv_eviction")
+    check_cache(past, eviction)
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = decoder.config.use_cache
+    keeps_gradients = torch.is_grad_enabled() and (decoder.training or eviction is None)
+    if past is None and use_cache and not keeps_gradients:
+        past = kwargs["past_key_values"] = KVStore(patch.family.model)
+    patch.store = None
+    if isinstance(past, KVStore):
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        past.begin(decoder, inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
+        patch.store = past
+    return (), kwargs
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def attention_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Pass the 2-D padding mask through; build a 4-D mask only for patterns that are not causal.
+
+    No value of the mask is read. `transformers` clears `allow_is_causal_skip` where the pattern is
+    more than causal or sliding (packed sequences, bidirectional blocks), and omits it for
+    bidirectional models.
+
+    Returns:
+        None, the `[B, columns]` bool mask, or a bool mask `[B, 1, q_length, kv_length]`.
+    """
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    if allow_is_causal_skip and not chunked:
+        return attention_mask
+    kwargs.pop("allow_is_bidirectional_skip", None)
+    return sdpa_mask(
+        *args,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        config=config,
+        **kwargs,
+    )
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over what the cache returned; the signature transformers calls.
+
+    Args:
+        module: The attention module, carrying `_patchkit` and `layer_idx`.
+        query: `[B, H, Q, D]`.
+        key: `[B, H_kv, S, D]`, what the cache's `update` returned (MLA: expanded from it).
+        value: `[B, H_kv, S, Dv]`.
+        attention_mask: None, `[B, columns]` bool, or a 4-D mask over columns.
+        scaling: Factor on the logits; None for `D ** -0.5`.
+        dropout: 0 outside training.
+        sliding_window: Tokens a query may look back, counting itself.
+        softcap: Logit soft-cap.
+        s_aux: `[H]` attention-sink logits.
+
+    Returns:
+        `[B, Q, H, Dv]` contiguous, and None for the weights.
+    """
+    patch = module.__dict__.get("_patchkit")
+    if patch is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs the 'patchkit' attention but is not patched; use "
+            "patchkit.apply(model) instead of set_attn_implementation('patchkit')"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name!r} to attention, which is not supported"
+            )
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
+    layer = patch.store_layer(module.layer_idx)
+    if layer is not None:
+        out = _attend_store(patch, layer, query, key, value, attention_mask, options)
+        layer.commit()
+        return out, None
+    mask, is_causal = _plain_visibility(query, key, attention_mask, sliding_window)
+    patch.backend.calls["dense_attention", "torch"] += 1
+    out = dense_attention(
+        query, key, value, mask=mask, is_causal=is_causal, dropout=dropout, **options
+    )
+    return out, None
+
+
+def _attend_store(
+    patch: Any,
+    layer: StoreLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attend over the slots of a store layer: the decode kernel on a GPU, torch elsewhere."""
+    backend = patch.backend
+    q_len, groups = query.shape[2], query.shape[1] // key.shape[1]
+    four_dimensional = attention_mask is not None and attention_mask.ndim == 4
+    few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
+    if few and not four_dimensional and backend.choose(layer.device) == "triton":
+        position = layer.position
+        if key.data_ptr() == layer.keys.data_ptr():
+            key, value = layer.keys, layer.values
+        else:  # MLA: keys and values were expanded from the latent slots
+            position = position[:, :, : key.shape[2]]
+        return backend.run(
+            "attention",
+            "decode_attention",
+            layer.device,
+            query,
+            key,
+            value,
+            position,
+            layer.length,
+            layer.seen,
+            sliding_window=layer.sliding_window,
+            **options,
+        )
+    if four_dimensional:
+        assert attention_mask is not None
+        visible: Any = _mask_of_columns(attention_mask, layer)
+    else:
+        visible = layer.visibility(q_len)
+    mask = visible if isinstance(visible, Tensor) else None
+    backend.calls["dense_attention", "torch"] += 1
+    return dense_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=isinstance(visible, str) and visible == "causal",
+        **options,
+    )
+
+
+def _mask_of_columns(mask: Tensor, layer: StoreLayer) -> Tensor:
+    """Rearrange a 4-D mask over columns `[B, 1 or H, Q, columns]` to the slots of a layer."""
+    if mask.shape[-1] < layer.columns:
+        raise CacheError(
+            f"expected a 4-D mask over all {layer.columns} columns, got {mask.shape[-1]}"
+        )
+    position = layer.position[:, :, : layer.filled]
+    if mask.shape[1] not in (1, position.shape[1]):
+        position = position.repeat_interleave(mask.shape[1] // position.shape[1], dim=1)
+    batch_size, num_heads = position.shape[:2]
+    column = position.clamp(min=0).long()[:, :, None].expand(-1, -1, mask.shape[2], -1)
+    gathered = mask.expand(batch_size, num_heads, -1, -1).gather(-1, column)
+    empty = (position < 0)[:, :, None]
+    if mask.dtype == torch.bool:
+        return gathered & ~empty
+    return gathered.masked_fill(empty, torch.finfo(mask.dtype).min)
+
+
+def _plain_visibility(
+    query: Tensor, key: Tensor, mask: Tensor | None, sliding_window: int | None
+) -> tuple[Tensor | None, bool]:
+    """Return mask and causal flag for keys in column order, the last of which are the queries'."""
+    if mask is not None and mask.ndim == 4:
+        return mask, False
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if mask is None and (sliding_window is None or kv_len <= sliding_window):
+        if q_len == 1:
+            return None, False
+        if q_len == kv_len:
+            return None, True
+    columns = kv_len if mask is None else mask.shape[1]
+    kv_column = torch.arange(columns - kv_len, columns, device=key.device)
+    q_column = kv_column[kv_len - q_len :, None]
+    visible = (kv_column <= q_column)[None, None]
+    if sliding_window is not None:
+        visible = visible & (kv_column > q_column - sliding_window)
+    if mask is not None:
+        visible = visible & mask[:, None, None, columns - kv_len :].bool()
+        # Padding queries see everything: never used, but a row without keys would be NaN.
+        visible = visible | ~visible.any(-1, keepdim=True)
+    return visible, False

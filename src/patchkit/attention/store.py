@@ -1,0 +1,142 @@
+"""`KVStore`: a transformers cache of fixed-address slots that knows what each slot holds.
+
+Every (row, KV head) of a layer owns `capacity` slots; the live ones come first. A token is
+appended in place behind them, and evicting moves the last live token over the victim, so nothing
+is concatenated and no address changes between decoding steps. Three numbers that other caches
+mix up are kept apart:
+
+- *columns*: tokens the model has consumed, padding included. This is `get_seq_length()`, which
+  position ids and input slicing depend on.
+- *length* `[B, H_kv]`: live slots. Padding is never stored, so rows of a left-padded batch have
+  different lengths, and an eviction policy may give every layer and head its own.
+- *capacity*: slots allocated, a multiple of 256 tokens.
+
+`position [B, H_kv, capacity]` is the column of the token in each slot and -1 where a slot is
+empty. Attention masks are derived from it, never from the order of the slots.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from patchkit.attention.store_layer import ForwardPass, StoreLayer
+from patchkit.errors import CacheError
+from patchkit.families import unwrap
+from patchkit.method import Method
+
+
+def check_cache(cache: Cache | None, eviction: Method | None) -> None:
+    """Refuse a caller's cache that a patched model cannot use.
+
+    Raises:
+        CacheError: a static, quantised or otherwise special cache, or any but a `KVStore` while an
+            eviction method is active.
+    """
+    if cache is None or isinstance(cache, KVStore):
+        return
+    if type(cache) is not DynamicCache:
+        raise CacheError(
+            f"expected past_key_values to be a KVStore or a DynamicCache, got "
+            f"{type(cache).__name__}; leave it out, or call patchkit.restore(model) first"
+        )
+    if eviction is not None:
+        raise CacheError(
+            f"{eviction.name} needs a patchkit.KVStore as past_key_values, got a DynamicCache; "
+            "leave it out, or pass kv_eviction=None"
+        )
+
+
+class KVStore(Cache):
+    """The cache of a patched model; `generate()` makes one per call and returns it.
+
+    Pass it back as `past_key_values` to continue a conversation. It belongs to the model object it
+    was made for and follows transformers' cache protocol: beam reordering, batch repetition,
+    `crop`, `reset`. A 2-D attention mask is read once per token, when the token is appended.
+
+    Args:
+        model: A model that `patchkit.apply` has patched. Its eviction method, if any, bounds the
+            store.
+
+    Raises:
+        CacheError: the model is not patched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = unwrap(model)
+        patch = inner.__dict__.get("_patchkit")
+        if patch is None:
+            raise CacheError("KVStore needs a patched model; call patchkit.apply(model) first")
+        self.eviction: Method | None = patch.active().get("kv_eviction")
+        self._owner = weakref.ref(patch.family.decoder)
+        self._forward = ForwardPass()
+        template = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+        layers: list[Any] = []
+        for index, (kind, fallback) in enumerate(zip(patch.family.layers, template, strict=False)):
+            if not kind.storable:
+                layers.append(fallback)
+                continue
+            window = kind.sliding_window
+            policy = self.eviction and self.eviction.eviction_policy(index, window)
+            layers.append(StoreLayer(self._forward, patch.backend, policy, window))
+        super().__init__(layers=layers)
+
+    @property
+    def store_layers(self) -> list[StoreLayer]:
+        """The layers that patchkit stores itself."""
+        return [layer for layer in self.layers if isinstance(layer, StoreLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes over all layers."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, StoreLayer):
+                total += layer.nbytes
+            elif getattr(layer, "keys", None) is not None:
+                total += layer.keys.nbytes + layer.values.nbytes
+        return total
+
+    def lengths(self) -> list[Tensor]:
+        """Live tokens per layer, each `[B, H_kv]` int32 on the layer's device."""
+        return [layer.length for layer in self.store_layers if layer.is_initialized]
+
+    def begin(self, decoder: nn.Module, batch_size: int, new_tokens: int, mask: Any) -> None:
+        """Open a forward pass of the model.
+
+        Args:
+            decoder: The decoder that is about to run.
+            batch_size: Rows of the input.
+            new_tokens: Columns of the input.
+            mask: The caller's attention mask: None, `[B, columns]` of any dtype (0 = padding), a
+                4-D mask over columns, or a dict of the latter.
+
+        Raises:
+            CacheError: the store belongs to another model, is in the middle of a failed forward,
+                or holds another batch size or a mask of the wrong length.
+        """
+        if self._owner() is not decoder:
+            raise CacheError(
+                "this KVStore was filled by another model; expected the model it was made for"
+            )
+        held = {layer.columns for layer in self.store_layers}
+        if len(held) > 1 or any(layer._open for layer in self.store_layers):
+            raise CacheError(
+                "an earlier forward pass over this KVStore did not finish; reset() it or make a "
+                "new one"
+            )
+        columns = max(held, default=0)
+        rows = max((layer.batch_size for layer in self.store_layers), default=-1)
+        if rows not in (-1, batch_size):
+            raise CacheError(f"the store holds {rows} rows, got an input of {batch_size} rows")
+        two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2
+        if two_dimensional and mask.shape[1] < columns + new_tokens:
+            raise CacheError(
+                f"expected an attention mask over all {columns + new_tokens} columns ({columns} in "
+                f"the store, {new_tokens} new), got {mask.shape[1]}"
+            )
+        self._forward.step += 1
+        self._forward.mask = mask if two_dimensional else None

@@ -1,0 +1,164 @@
+"""The generation seam: slot keywords into `generate()`, the store into its cache preparation.
+
+`generate` and `_prepare_cache_for_generation` are bound to the instance as module-level functions,
+which deepcopy rebinds to the copy. Everything else is transformers' own generation.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+
+from patchkit.attention.store import KVStore, check_cache
+from patchkit.backends import Backend
+from patchkit.compat import CHUNKED_PREFILL_IGNORES_CACHE
+from patchkit.errors import CacheError, MethodConflictError, UnsupportedGenerationError
+from patchkit.families import Family
+from patchkit.method import Method, as_slot_value, slot_names
+
+if TYPE_CHECKING:
+    from patchkit.patch import Patch
+
+_SIGNATURE = inspect.signature(GenerationMixin.generate)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a method may know about one `generate()` call.
+
+    Attributes:
+        model: The patched model.
+        tokenizer: The tokenizer passed to `generate(tokenizer=...)`, if any.
+        backend: Runs kernels for this model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    backend: Backend
+
+
+@functools.wraps(GenerationMixin.generate)
+def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    patch: Patch = self.__dict__["_patchkit"]
+    overrides = {slot: kwargs.pop(slot) for slot in slot_names() & kwargs.keys()}
+    bound = _SIGNATURE.bind_partial(self, *args, **kwargs)
+    given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
+    methods = _methods_of_call(patch, overrides)
+    _refuse_cache(given, methods, explicit="kv_eviction" in overrides)
+    call = Call(model=self, tokenizer=given.get("tokenizer"), backend=patch.backend)
+    processors = [method.logits_processor(call) for method in _unique(methods)]
+    processors = [processor for processor in processors if processor is not None]
+    if processors:
+        own = given.get("logits_processor") or ()
+        bound.arguments["logits_processor"] = LogitsProcessorList([*own, *processors])
+    original = patch.journal.original(self, "generate")
+    with patch.call(methods):
+        return original(*bound.args[1:], **bound.kwargs)
+
+
+def prepare_cache_for_generation(
+    self: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Let transformers decide about the cache, then put a `KVStore` where it made a default one."""
+    patch: Patch = self.__dict__["_patchkit"]
+    given = model_kwargs.get("past_key_values")
+    _refuse_mode(patch, generation_config, generation_mode, given)
+    if given is None:
+        # What remains here is the default of the checkpoint; the call itself asked for none.
+        generation_config.cache_implementation = None
+    original = patch.journal.original(self, "_prepare_cache_for_generation")
+    original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+    if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+        store = KVStore(self)
+        if generation_config.is_assistant:
+            store.activate_past_recording()
+        model_kwargs["past_key_values"] = store
+
+
+def _unique(methods: dict[str, Method]) -> list[Method]:
+    return list({id(method): method for method in methods.values()}.values())
+
+
+def _methods_of_call(patch: Patch, overrides: dict[str, Any]) -> dict[str, Method]:
+    """Merge the slots of a call into the applied methods and check the newcomers."""
+    methods = patch.applied()
+    for slot, value in overrides.items():
+        current = methods.get(slot)
+        method = as_slot_value(slot, value, current)
+        methods = {s: m for s, m in methods.items() if m is not current}
+        if method is None:
+            continue
+        check_method(method, methods, patch.family)
+        methods |= dict.fromkeys(method.slots, method)
+    return methods
+
+
+def check_method(method: Method, others: dict[str, Method], family: Family) -> tuple[str, ...]:
+    """Check that `method` fits beside `others` and the model; return the modules it acts on.
+
+    Raises:
+        MethodConflictError: a slot is taken, or one of the two refuses the other.
+        PatchkitError, ValueError: whatever `Method.check` finds.
+    """
+    for slot, other in others.items():
+        if slot in method.slots or slot in method.conflicts:
+            raise MethodConflictError(
+                f"{method.name} cannot be combined with {other.name}, which fills {slot!r}"
+            )
+        taken = set(other.conflicts) & set(method.slots)
+        if taken:
+            raise MethodConflictError(
+                f"{other.name} cannot be combined with {method.name}, which fills {sorted(taken)}"
+            )
+    method.check(family)
+    return method.sites(family)
+
+
+def _refuse_cache(given: dict[str, Any], methods: dict[str, Method], explicit: bool) -> None:
+    """Refuse, before anything runs, a cache that this call cannot use."""
+    config = given.get("generation_config")
+    asked = given.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    if asked not in (None, "dynamic"):
+        raise CacheError(
+            f"a patched model keeps its own fixed-address KVStore; got cache_implementation="
+            f"{asked!r}. Leave it out, or call patchkit.restore(model) first"
+        )
+    eviction = methods.get("kv_eviction")
+    cache = given.get("past_key_values")
+    check_cache(cache, eviction)
+    if explicit and isinstance(cache, KVStore) and cache.eviction != eviction:
+        raise CacheError(
+            f"the KVStore passed as past_key_values was made for kv_eviction={cache.eviction}, "
+            f"got kv_eviction={eviction}"
+        )
+
+
+def _refuse_mode(
+    patch: Patch, generation_config: GenerationConfig, mode: GenerationMode, cache: Cache | None
+) -> None:
+    eviction = cache.eviction if isinstance(cache, KVStore) else patch.active().get("kv_eviction")
+    if eviction is not None and generation_config.use_cache is False:
+        raise UnsupportedGenerationError(
+            f"{eviction.name} bounds the KV cache, got use_cache=False; pass kv_eviction=None"
+        )
+    if eviction is not None and mode == GenerationMode.ASSISTED_GENERATION:
+        raise UnsupportedGenerationError(
+            f"{eviction.name} drops tokens that assisted decoding may have to take back; "
+            "pass kv_eviction=None or decode without an assistant"
+        )
+    chunked = generation_config.prefill_chunk_size is not None
+    if chunked and CHUNKED_PREFILL_IGNORES_CACHE and cache is not None and cache.get_seq_length():
+        raise UnsupportedGenerationError(
+            "prefill_chunk_size with a cache that already holds tokens needs transformers >= 5.23 "
+            "(older versions feed the whole prompt again)"
+        )

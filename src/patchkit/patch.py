@@ -1,0 +1,89 @@
+"""The state that one patched model carries, under `_patchkit` on the model and its modules."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from patchkit.backends import Backend
+from patchkit.configs import OwnConfig
+from patchkit.families import Family
+from patchkit.journal import Journal
+from patchkit.method import Method
+
+if TYPE_CHECKING:
+    from patchkit.attention.store import KVStore
+    from patchkit.attention.store_layer import StoreLayer
+
+
+class Patch:
+    """Everything patchkit knows about one patched model.
+
+    Attributes:
+        family: Where the parts of the model are.
+        backend: The backend requested, and the calls made so far.
+        journal: The edits, for `restore`.
+        configs: The model's own configuration copies, for `restore`.
+        methods: Applied methods in order, each with the modules it acts on.
+        skipped: Methods that found nothing to act on, with the reason (`strict=False`).
+    """
+
+    def __init__(self, family: Family, backend: Backend) -> None:
+        self.family = family
+        self.backend = backend
+        self.journal = Journal()
+        self.configs: list[OwnConfig] = []
+        self.methods: list[tuple[Method, tuple[str, ...]]] = []
+        self.skipped: list[tuple[Method, str]] = []
+        self._calls: list[dict[str, Method]] = []
+        self._store: weakref.ref[KVStore] | None = None
+
+    def applied(self) -> dict[str, Method]:
+        """Return the methods that stay on until `restore`, by slot."""
+        return {slot: method for method, _ in self.methods for slot in method.slots}
+
+    def active(self) -> dict[str, Method]:
+        """Return the methods in force now, by slot: the current call's, else the applied ones."""
+        return self._calls[-1] if self._calls else self.applied()
+
+    @contextmanager
+    def call(self, methods: dict[str, Method]) -> Iterator[None]:
+        """Put `methods` in force for the duration of one `generate()` call; calls may nest."""
+        self._calls.append(methods)
+        try:
+            yield
+        finally:
+            self._calls.pop()
+
+    @property
+    def store(self) -> KVStore | None:
+        """The store of the latest forward pass, while somebody still holds it."""
+        return self._store() if self._store is not None else None
+
+    @store.setter
+    def store(self, store: KVStore | None) -> None:
+        self._store = None if store is None else weakref.ref(store)
+
+    def store_layer(self, layer_idx: int) -> StoreLayer | None:
+        """Return the store layer that serves an attention module in this forward pass."""
+        from patchkit.attention.store_layer import StoreLayer
+
+        store = self.store
+        layer = store.layers[layer_idx] if store is not None else None
+        return layer if isinstance(layer, StoreLayer) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = {**self.__dict__, "_store": None, "_calls": []}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a patched model cannot be pickled; call patchkit.restore(model) first, or use "
+            "save_pretrained, which writes the plain model"
+        )

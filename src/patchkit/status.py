@@ -1,0 +1,138 @@
+"""What is patched, with which backend, and what it did so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from patchkit.patch import Patch
+
+
+@dataclass(frozen=True)
+class MethodStatus:
+    """One applied or skipped method.
+
+    Attributes:
+        name: Registry name.
+        config: The configuration, as written.
+        slots: Slots it fills.
+        exact: Whether greedy tokens equal the unpatched model's.
+        sites: Modules it acts on; empty if skipped.
+        skipped: Why it does nothing, or None.
+    """
+
+    name: str
+    config: str
+    slots: tuple[str, ...]
+    exact: bool
+    sites: tuple[str, ...]
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """State of a model; `str()` is a table, `to_dict()` is for logs.
+
+    Attributes:
+        model: Class name of the model.
+        model_type: `config.model_type`.
+        patched: False for a plain model; the remaining fields are then empty.
+        exact: True while no approximate method is applied.
+        backend: Backend requested.
+        methods: Applied methods in order, then the skipped ones.
+        attention_layers: Attention modules served, of how many cache layers.
+        calls: Calls so far, as `{operation: {implementation: count}}`; implementations are `triton`
+            (kernel launches), `reference` and `torch` (torch's own fused attention).
+        kv_bytes: Allocated bytes of the latest KV store, None if none is alive.
+        kv_columns: Tokens that store has consumed, and the most it holds for any head.
+        kv_stored: See `kv_columns`.
+        displaced: Patched attributes that somebody has changed since; `restore` would refuse.
+    """
+
+    model: str
+    model_type: str
+    patched: bool
+    exact: bool = True
+    backend: str | None = None
+    methods: tuple[MethodStatus, ...] = ()
+    attention_layers: tuple[int, int] = (0, 0)
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    kv_bytes: int | None = None
+    kv_columns: int | None = None
+    kv_stored: int | None = None
+    displaced: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and scalars."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.patched:
+            return f"{self.model} ({self.model_type}): not patched"
+        served, layers = self.attention_layers
+        rows = [
+            ("model", f"{self.model} ({self.model_type})"),
+            ("answers", "exact" if self.exact else "approximate"),
+            ("attention", f"{served} of {layers} layers on the KV store"),
+            ("backend", f"requested {self.backend}, used {self._used()}"),
+        ]
+        for method in self.methods:
+            where = method.skipped or f"{len(method.sites)} sites, {_kind(method.exact)}"
+            state = "skipped" if method.skipped else "method"
+            rows.append((state, f"{method.config} [{', '.join(method.slots)}]: {where}"))
+        for operation, used in sorted(self.calls.items()):
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(used.items()))
+            rows.append((operation, counts))
+        if self.kv_bytes is not None:
+            rows.append(
+                (
+                    "KV store",
+                    f"{self.kv_bytes:,} bytes; {self.kv_columns} tokens seen, "
+                    f"at most {self.kv_stored} stored per head",
+                )
+            )
+        rows.append(("in place", "no: " + ", ".join(self.displaced) if self.displaced else "yes"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _used(self) -> str:
+        names = sorted({name for used in self.calls.values() for name in used})
+        return ", ".join(names) or "nothing yet"
+
+
+def _kind(exact: bool) -> str:
+    return "exact" if exact else "approximate"
+
+
+def build_report(model: Any, patch: Patch | None) -> PatchReport:
+    """Collect the report of an unwrapped model."""
+    kind, model_type = type(model).__name__, model.config.model_type
+    if patch is None:
+        return PatchReport(kind, model_type, patched=False)
+    statuses = [
+        MethodStatus(m.name, repr(m), m.slots, m.exact, sites) for m, sites in patch.methods
+    ]
+    statuses += [
+        MethodStatus(m.name, repr(m), m.slots, m.exact, (), reason) for m, reason in patch.skipped
+    ]
+    calls: dict[str, dict[str, int]] = {}
+    for (operation, used), count in patch.backend.calls.items():
+        calls.setdefault(operation, {})[used] = count
+    layers = patch.family.layers
+    store = patch.store
+    return PatchReport(
+        model=kind,
+        model_type=model_type,
+        patched=True,
+        exact=all(method.exact for method, _ in patch.methods),
+        backend=patch.backend.requested,
+        methods=tuple(statuses),
+        attention_layers=(sum(layer.storable for layer in layers), len(layers)),
+        calls=calls,
+        kv_bytes=None if store is None else store.nbytes,
+        kv_columns=None if store is None else store.get_seq_length(),
+        kv_stored=None
+        if store is None
+        else max((int(length.max()) for length in store.lengths()), default=0),
+        displaced=tuple(patch.journal.displaced()),
+    )
