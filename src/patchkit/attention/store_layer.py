@@ -110,6 +110,10 @@ class StoreLayer(CacheLayerMixin):
         return self.keys.shape[0] if self.is_initialized else -1
 
     @property
+    def _per_head(self) -> bool:
+        return self.policy is not None and self.policy.per_head
+
+    @property
     def nbytes(self) -> int:
         """Allocated bytes of keys, values and slot bookkeeping."""
         if not self.is_initialized:
@@ -191,6 +195,7 @@ class StoreLayer(CacheLayerMixin):
             key_states,
             value_states,
             valid,
+            start=None if self.ragged or self._per_head else self.filled,
         )
         self.columns += new_tokens
         self.filled += new_tokens
@@ -217,14 +222,13 @@ class StoreLayer(CacheLayerMixin):
             slot (padding) see every slot instead: their output is never used, but must be finite.
         """
         within_window = self.sliding_window is None or self.filled <= self.sliding_window
-        per_head = self.policy is not None and self.policy.per_head
-        if not self.ragged and not per_head and within_window:
+        if not self.ragged and not self._per_head and within_window:
             if q_len == 1:
                 return "all"
             if q_len == self.filled == self.columns:
                 return "causal"
         position = self.position[:, :, : self.filled]
-        if not per_head:
+        if not self._per_head:
             position = position[:, :1] if self.ragged else position[:1, :1]
         position = position[:, :, None, :]
         column = torch.arange(self.columns - q_len, self.columns, device=self.device)[:, None]

@@ -1,0 +1,122 @@
+"""Compile every Triton kernel for a GPU that is not there, and print what each one needs.
+
+    python tests/compile_kernels.py 90    # compute capability 9.0 (Hopper)
+
+The launchers run on CPU tensors as usual, but every launch stops after ptxas. Must run in a process
+of its own, without TRITON_INTERPRET. Prints one line per kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import KernelInterface
+
+MAX_SHARED = 227 * 1024
+
+
+class AbsentGpu:
+    """What the Triton compiler asks of a driver, for a device that does not exist."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+
+compiled: dict[tuple[str, str], int] = {}
+"""Shared bytes by kernel name and hash."""
+
+
+def compile_only(self, grid):
+    def launch(*args, **kwargs):
+        kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+        metadata = kernel.metadata
+        assert kernel.asm["cubin"], metadata.name
+        assert metadata.shared <= MAX_SHARED, (metadata.name, metadata.shared)
+        compiled[metadata.name, metadata.hash] = metadata.shared
+
+    return launch
+
+
+def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
+    from patchkit.attention.kernels.append import append
+    from patchkit.attention.kernels.compact import compact
+    from patchkit.attention.kernels.decode_attention import decode_attention
+    from patchkit.attention.kernels.evict_lowest import evict_lowest
+
+    batch_size, heads, capacity = 2, 2, 512
+    keys = torch.zeros(batch_size, heads, capacity, head_dim, dtype=dtype)
+    values = torch.zeros_like(keys)
+    position = torch.zeros(batch_size, heads, capacity, dtype=torch.int32)
+    length = torch.full((batch_size, heads), 8, dtype=torch.int32)
+    seen, budget = length.clone(), length.clone()
+    held = (keys, values, position, length)
+    for tokens, padded in itertools.product((1, 300), (False, True)):
+        new = torch.zeros(batch_size, tokens, heads, head_dim, dtype=dtype).transpose(1, 2)
+        valid = torch.ones(batch_size, tokens, dtype=torch.bool) if padded else None
+        append(*held, seen, new, new, valid)
+    for queries in (1, 4):
+        query = torch.zeros(batch_size, queries, heads * groups, head_dim, dtype=dtype)
+        slots = torch.zeros(batch_size, heads, 40, dtype=torch.int32)
+        sinks = torch.zeros(heads * groups)
+        for options in (
+            {},
+            {"sliding_window": 64, "softcap": 30.0, "sinks": sinks},
+            {"indices": slots, "index_count": length},
+        ):
+            decode_attention(query.transpose(1, 2), *held, seen, scale=0.1, **options)
+    keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
+    out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
+    compact(keys, values, position, keep, length, *out, position[:, :, :256].contiguous())
+    for score in (None, torch.zeros(batch_size, heads, capacity)):
+        evict_lowest(*held, budget, score=score, num_protected=4)
+
+
+def decoding(dtype: torch.dtype) -> None:
+    from patchkit.decoding.kernels.logit_wave import logit_wave
+
+    logits = torch.zeros(2, 1000, dtype=dtype)
+    ids = torch.tensor([1, 2, 3])
+    step, ended = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
+    wave = {"amplitude": 1.0, "period": 600, "phase": 0.0}
+    logit_wave(logits, ids, step, ended, **wave)
+    recent = torch.zeros(2, 3, dtype=torch.int64)
+    windows = torch.zeros(1, 2, dtype=torch.int32)
+    logit_wave(logits, ids, step, ended, **wave, windows=windows, recent=recent, end_ids=recent[0])
+
+
+def main() -> None:
+    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+    triton.runtime.driver.set_active(AbsentGpu(capability))
+    KernelInterface.__getitem__ = compile_only
+    decoding(torch.float32)
+    attention(torch.bfloat16, head_dim=128, groups=4)
+    attention(torch.float16, head_dim=64, groups=3)
+    attention(torch.float32, head_dim=80, groups=1)
+    attention(torch.bfloat16, head_dim=256, groups=7)
+    for name in sorted({name for name, _ in compiled}):
+        shared = [bytes_ for (other, _), bytes_ in compiled.items() if other == name]
+        print(f"{name:<26} {len(shared):>3} variants, at most {max(shared):>7,} bytes shared")
+    print(f"{len(compiled)} kernel variants compiled for sm_{capability}")
+
+
+if __name__ == "__main__":
+    main()
