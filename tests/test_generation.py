@@ -20,10 +20,13 @@ from patchkit.errors import (
     CacheError,
     MethodConflictError,
     SlotError,
+    TokenResolutionError,
     UnknownMethodError,
     UnsupportedGenerationError,
 )
 from patchkit.testing import left_padded_batch, tiny_model
+
+from .decoding.helpers import word_tokenizer
 
 IDS = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(1))
 
@@ -125,6 +128,14 @@ def test_slots_combine_with_each_other_and_with_the_users_processors(model):
     )  # fmt: skip
     assert torch.equal(positional, out.sequences)
     assert len(seen) == 20
+
+
+def test_tokenizer_of_the_call_resolves_the_tokens_of_a_slot(model):
+    with pytest.raises(TokenResolutionError, match="tokenizer="):
+        generated(model, logit_schedule="cyclic_reflex")
+    tokenizer = word_tokenizer(["wait", "Wait", "but", "But", "Alternatively"])
+    generated(model, logit_schedule="cyclic_reflex", tokenizer=tokenizer)
+    assert sum(patchkit.report(model).calls["logit_wave"].values()) == 10
 
 
 class Recorder(BaseStreamer):

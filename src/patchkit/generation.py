@@ -48,9 +48,9 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     overrides = {slot: kwargs.pop(slot) for slot in slot_names() & kwargs.keys()}
     bound = _SIGNATURE.bind_partial(self, *args, **kwargs)
     given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
-    methods = _methods_of_call(patch, overrides)
-    _refuse_cache(given, methods, explicit="kv_eviction" in overrides)
     call = Call(model=self, tokenizer=given.get("tokenizer"), backend=patch.backend)
+    methods = _methods_of_call(patch, overrides, call)
+    _refuse_cache(given, methods, explicit="kv_eviction" in overrides)
     processors = [method.logits_processor(call) for method in _unique(methods)]
     processors = [processor for processor in processors if processor is not None]
     if processors:
@@ -89,7 +89,7 @@ def _unique(methods: dict[str, Method]) -> list[Method]:
     return list({id(method): method for method in methods.values()}.values())
 
 
-def _methods_of_call(patch: Patch, overrides: dict[str, Any]) -> dict[str, Method]:
+def _methods_of_call(patch: Patch, overrides: dict[str, Any], call: Call) -> dict[str, Method]:
     """Merge the slots of a call into the applied methods and check the newcomers."""
     methods = patch.applied()
     for slot, value in overrides.items():
@@ -98,6 +98,7 @@ def _methods_of_call(patch: Patch, overrides: dict[str, Any]) -> dict[str, Metho
         methods = {s: m for s, m in methods.items() if m is not current}
         if method is None:
             continue
+        method = method.for_call(call)
         check_method(method, methods, patch.family)
         methods |= dict.fromkeys(method.slots, method)
     return methods

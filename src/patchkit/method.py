@@ -85,6 +85,10 @@ class Method:
         """Return the method's page: the docstring of the module that defines it."""
         return inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")
 
+    def for_call(self, call: Call) -> Method:
+        """Complete a configuration passed as a slot of `generate()` by what else the call brings."""
+        return self
+
     def check(self, family: Family) -> None:
         """Raise a typed error if this configuration cannot serve the model; edit nothing."""
 

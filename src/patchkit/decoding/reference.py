@@ -1,0 +1,80 @@
+"""The specification of the decoding kernels in plain PyTorch; also the CPU backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:
+    """Compute the triangular wave of CyclicReflex at `step`.
+
+    It rises from 0 to `amplitude` over the first quarter of a period, falls to `-amplitude` over
+    the next half and returns to 0.
+
+    Args:
+        step: Integer tensor, tokens generated so far.
+        amplitude: Peak value, in logits.
+        period: Length of a cycle in tokens.
+        phase: Shift to the left, as a fraction of the period.
+
+    Returns:
+        float32, shape of `step`.
+    """
+    cycle = (step % period).float() + phase % 1.0 * period
+    cycle = torch.where(cycle >= period, cycle - period, cycle)
+    shifted = cycle / period + 0.25
+    return amplitude * (1 - 4 * ((shifted - shifted.floor()) - 0.5).abs())
+
+
+def logit_wave(
+    logits: Tensor,
+    token_ids: Tensor,
+    step: Tensor,
+    ended: Tensor,
+    *,
+    amplitude: float,
+    period: int | None,
+    phase: float = 0.0,
+    windows: Tensor | None = None,
+    recent: Tensor | None = None,
+    end_ids: Tensor | None = None,
+) -> Tensor:
+    """Add a bias to a few columns of the logits, in place, in rows that are still thinking.
+
+    Args:
+        logits: `[B, V]`, float32/float16/bfloat16, any strides. Modified; columns outside
+            `token_ids`, and rows that are skipped, keep their bits.
+        token_ids: `[R]` int32/int64, unique, each in `[0, V)` (not checked: that would wait for
+            the device).
+        step: `[B]` or `[1]` int32/int64, tokens generated so far: 0 for the first one.
+        ended: `[B]` bool or int8, true where thinking has ended. Modified only with `recent`.
+        amplitude: Peak of the wave, or the bias itself if `period` is None; in logits.
+        period: Length of a cycle in tokens; None adds the constant `amplitude`.
+        phase: Shift of the wave as a fraction of the period.
+        windows: `[W, 2]` int32/int64, half-open ranges of `step` in which the bias applies; None
+            means everywhere.
+        recent: `[B, m]` int32/int64, the newest `m` generated ids, oldest first, -1 where there are
+            fewer. A row whose `recent` equals `end_ids` has ended, from this call on.
+        end_ids: `[m]` int32/int64; needed with `recent`.
+
+    Returns:
+        `logits`.
+
+    Source: CyclicReflex, arXiv 2506.11077, the wave in closed form. Differs: none.
+    """
+    if recent is not None:
+        ended |= (recent == end_ids).all(1)
+    active = ~ended.bool()
+    if windows is not None:
+        inside = (step[:, None] >= windows[:, 0]) & (step[:, None] < windows[:, 1])
+        active = active & inside.any(1)
+    if period is None:
+        bias = torch.full_like(step, amplitude, dtype=torch.float32)
+    else:
+        bias = wave(step, amplitude, period, phase)
+    columns = token_ids.long()
+    before = logits[:, columns]
+    after = (before.float() + bias[:, None]).to(logits.dtype)
+    logits[:, columns] = torch.where(active[:, None], after, before)
+    return logits
