@@ -225,20 +225,23 @@ def evict_lowest(
             is the score, so the oldest slot goes.
         num_protected: Leading slots that are never evicted.
     """
-    slot = torch.arange(keys.shape[2], device=keys.device)
-    live = (slot >= num_protected) & (slot < length.unsqueeze(-1))  # [B, H, C]
+    candidates = position[:, :, num_protected:]  # empty slots hold -1
+    barred = candidates < 0
     if score is not None:
-        lowest = score.masked_fill(~live, torch.inf).amin(-1, keepdim=True)
-        live = live & (score == lowest)
-    oldest = position.masked_fill(~live, torch.iinfo(torch.int32).max)
+        lowest = score[:, :, num_protected:].masked_fill(barred, torch.inf)
+        barred |= lowest > lowest.amin(-1, keepdim=True)
+    oldest = candidates.masked_fill(barred, torch.iinfo(torch.int32).max)
     evict = ((length > budget) & (length > num_protected)).unsqueeze(-1)
     last = (length.unsqueeze(-1) - 1).clamp_min(0).long()  # [B, H, 1]
     # Lists that keep everything copy their last slot onto itself.
-    victim = torch.where(evict, oldest.argmin(-1, keepdim=True), last)
-    row, head = _lists(keys)
-    for data in (keys, values, position) if score is None else (keys, values, position, score):
-        data[row, head, victim] = data[row, head, last]
-    position[row, head, last] = position[row, head, last].masked_fill(evict, -1)
+    victim = torch.where(evict, oldest.argmin(-1, keepdim=True) + num_protected, last)
+    for data in (position,) if score is None else (position, score):
+        data.scatter_(2, victim, data.gather(2, last))
+    for data in (keys, values):
+        width = (-1, -1, -1, data.shape[3])
+        moved = data.gather(2, last.unsqueeze(-1).expand(width))
+        data.scatter_(2, victim.unsqueeze(-1).expand(width), moved)
+    position.scatter_(2, last, position.gather(2, last).masked_fill(evict, -1))
     length -= evict.squeeze(-1).int()
 
 
