@@ -1,7 +1,6 @@
 """Patch a real model in place, look at what changed, bound its KV cache for one call, undo it.
 
-pip install -e ".[demo]"
-python examples/quickstart.py
+With the demo extra installed (`pip install -e ".[demo]"`), run `python examples/quickstart.py`.
 """
 
 from __future__ import annotations

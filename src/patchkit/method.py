@@ -86,7 +86,7 @@ class Method:
         return inspect.cleandoc(inspect.getmodule(cls).__doc__ or "")
 
     def for_call(self, call: Call) -> Method:
-        """Complete a configuration passed as a slot of `generate()` by what else the call brings."""
+        """Complete a configuration passed as a `generate()` slot by what the call brings."""
         return self
 
     def check(self, family: Family) -> None:
