@@ -6,8 +6,8 @@
 
 Kernel figures use the attention shape of Llama-3.1-8B (32 query heads, 8 KV heads, 128 wide, bf16)
 inside a CUDA graph over rotated inputs. The floor is bytes moved over the copy rate measured in
-the same run. `generate` times whole greedy calls: prefill is a call for one token, a step is the
-rest of a call for n + 1 tokens over n.
+the same run. `generate` times whole greedy calls in turn: prefill is a call for one token, a step
+is the rest of a call for n + 1 tokens over n.
 """
 
 from __future__ import annotations
@@ -187,38 +187,59 @@ def load(shape: str, device: str):
 @torch.no_grad()
 def generate(args: argparse.Namespace) -> None:
     model = load(args.shape, args.device)
-    vocab = model.config.vocab_size
+    dtype = str(model.dtype).removeprefix("torch.")
+    for batch_size, length in itertools.product(args.batch, args.lengths):
+        shape = (batch_size, length)
+        ids = torch.randint(5, model.config.vocab_size - 5, shape, device=args.device)
+        config = f"{args.shape} B{batch_size} S{length} +{args.new_tokens} {dtype}"
+        compare(model, ids, args, config)
+
+
+def compare(
+    model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace, config: str
+) -> None:
+    """Time the providers in turn, round by round, so that drift of the machine hits all alike."""
     providers = {
         "transformers": None,
         "patchkit": (),
         f"patchkit Window({args.budget})": (Window(budget=args.budget),),
     }
-    for batch_size, length in itertools.product(args.batch, args.lengths):
-        ids = torch.randint(5, vocab - 5, (batch_size, length), device=args.device)
-        config = f"{args.shape} B{batch_size} S{length} +{args.new_tokens} {model.dtype}"
-        config = config.replace("torch.", "")
-        answers = {}
-        for name, methods in providers.items():
+    figures = {name: {"prefill": [], "step": []} for name in providers}
+    answers = {}
+    for turn in range(args.rounds + 1):  # the first round warms up
+        for name, methods in list(providers.items()):
             if methods is not None:
                 patchkit.apply(model, *methods)
             try:
-                answers[name] = whole_call(model, ids, args.new_tokens, config, name)
+                prefill, step, answers[name], sizes = whole_call(model, ids, args.new_tokens)
             except torch.OutOfMemoryError:
                 print(f"generate       {config:<44} {name:<22} out of memory", flush=True)
+                del providers[name], figures[name]
+                continue
             finally:
                 patchkit.restore(model)
                 gc.collect()
-                if args.device != "cpu":
+                if ids.is_cuda:
                     torch.cuda.empty_cache()
-        if "transformers" in answers and "patchkit" in answers:
-            same = (answers["transformers"] == answers["patchkit"]).double().mean().item()
-            record("generate", config, "patchkit", "same tokens", "share", [same])
+            if turn:
+                figures[name]["prefill"].append(prefill)
+                figures[name]["step"].append(step)
+                figures[name] |= {metric: [size] for metric, size in sizes.items()}
+    units = {"prefill": "ms", "step": "ms", "KV cache": "MB", "peak memory": "GB"}
+    for name, measured in figures.items():
+        for metric, values in measured.items():
+            record("generate", config, name, metric, units[metric], values)
+    if "transformers" in figures and "patchkit" in figures:
+        pairs = zip(figures["patchkit"]["step"], figures["transformers"]["step"], strict=True)
+        record("generate", config, "patchkit", "step ratio", "", [ours / hf for ours, hf in pairs])
+        same = (answers["transformers"] == answers["patchkit"]).double().mean().item()
+        record("generate", config, "patchkit", "same tokens", "share", [same])
 
 
 def whole_call(
-    model: torch.nn.Module, ids: torch.Tensor, new_tokens: int, config: str, name: str
-) -> torch.Tensor:
-    """Record step time, prefill time, KV bytes and peak memory of greedy calls; return tokens."""
+    model: torch.nn.Module, ids: torch.Tensor, new_tokens: int
+) -> tuple[float, float, torch.Tensor, dict[str, float]]:
+    """Return prefill ms, ms per further token, the new tokens, and sizes, of greedy calls."""
 
     def run(tokens: int):
         return model.generate(
@@ -228,17 +249,14 @@ def whole_call(
 
     if ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    prefill = time_ms(lambda: run(1), 3, 1)
-    total = time_ms(lambda: run(new_tokens + 1), 3, 0)
-    start = sorted(prefill)[1]
-    record("generate", config, name, "prefill", "ms", prefill)
-    record("generate", config, name, "step", "ms", [(t - start) / new_tokens for t in total])
-    out = run(new_tokens + 1)
-    record("generate", config, name, "KV cache", "MB", [demo.kv_bytes(out.past_key_values) / 1e6])
+    (prefill,) = time_ms(lambda: run(1), 1, 0)
+    outputs = []
+    (total,) = time_ms(lambda: outputs.append(run(new_tokens + 1)), 1, 0)
+    sizes = {"KV cache": demo.kv_bytes(outputs[0].past_key_values) / 1e6}
     if ids.is_cuda:
-        peak = torch.cuda.max_memory_allocated()
-        record("generate", config, name, "peak memory", "GB", [peak / 1e9])
-    return out.sequences[:, ids.shape[1] :].cpu()
+        sizes["peak memory"] = torch.cuda.max_memory_allocated() / 1e9
+    step = (total - prefill) / new_tokens
+    return prefill, step, outputs[0].sequences[:, ids.shape[1] :].cpu(), sizes
 
 
 def main() -> None:
@@ -254,6 +272,7 @@ def main() -> None:
     whole.add_argument("--lengths", type=int, nargs="+", default=[512])
     whole.add_argument("--new-tokens", type=int, default=32)
     whole.add_argument("--budget", type=int, default=1024)
+    whole.add_argument("--rounds", type=int, default=5)
     whole.set_defaults(run=generate)
     args = parser.parse_args()
     print(f"on {device_name()}")
