@@ -212,6 +212,8 @@ def test_cache_implementation_of_the_checkpoint_is_replaced(model):
     model.generation_config.cache_implementation = "static"  # as Gemma 2 checkpoints ship it
     assert isinstance(generated(model).past_key_values, KVStore)
     assert model.generation_config.cache_implementation == "static"
+    out = model.generate(IDS, generation_config=model.generation_config, max_new_tokens=3)
+    assert out.shape == (1, 23)
 
 
 def test_static_cache_is_refused(model):

@@ -170,3 +170,60 @@ def test_moving_between_dtypes():
     assert greedy(model).shape == want.shape
     model.to(torch.float64)
     assert greedy(model).shape == want.shape
+
+
+@torch.no_grad()
+def test_autocast():
+    model = tiny_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = greedy(model, return_dict_in_generate=True, output_logits=True)
+        patchkit.apply(model)
+        got = greedy(model, return_dict_in_generate=True, output_logits=True)
+    assert got.past_key_values.layers[0].keys.dtype == torch.bfloat16
+    scale = torch.stack(want.logits).abs().max()
+    torch.testing.assert_close(got.logits[0], want.logits[0], atol=0.05 * scale.item(), rtol=0)
+    # A store keeps the dtype it began with; a model of another dtype can continue over it.
+    ids = torch.cat([got.sequences, IDS[:, :3]], dim=1)
+    out = model.generate(
+        ids, past_key_values=got.past_key_values, max_new_tokens=3, do_sample=False
+    )
+    assert out.shape[1] == ids.shape[1] + 3
+
+
+def test_a_vision_tower_keeps_its_attention():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "sliding_window": 8, "initializer_range": 0.3,
+        },
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+        },
+        mm_tokens_per_image=4, image_token_index=96, boi_token_index=94, eoi_token_index=95,
+    )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = IDS.remainder(90) + 1
+    image = torch.tensor([[94, 96, 96, 96, 96, 95]])
+    inputs = {
+        "input_ids": torch.cat([ids[:, :5], image, ids[:, 5:]], dim=1),
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+    }
+    inputs["token_type_ids"] = (inputs["input_ids"] == 96).long()
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+    want = model.generate(**inputs, **options, return_dict_in_generate=True)
+    vision = model.config.vision_config._attn_implementation
+    patchkit.apply(model)
+    assert model.config.text_config._attn_implementation == "patchkit"
+    assert model.config.vision_config._attn_implementation == vision
+    got = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert isinstance(got.past_key_values, KVStore)
+    torch.testing.assert_close(
+        torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4
+    )
+    patchkit.restore(model)
+    assert model.config is config

@@ -104,8 +104,9 @@ def _install(model: PreTrainedModel, patch: Patch) -> None:
     journal, family = patch.journal, patch.family
     interface.register()
     patch.configs = configs.adopt(model, journal)
-    # The configuration is the model's own copy now, so this edit needs no entry of its own.
-    model.set_attn_implementation(interface.IMPLEMENTATION)
+    # The configuration is the model's own copy now, so this edit needs no entry of its own. Only
+    # the decoder switches: a vision tower, say, keeps its attention.
+    family.decoder.set_attn_implementation(interface.IMPLEMENTATION)
     if family.decoder.config._attn_implementation != interface.IMPLEMENTATION:
         raise UnsupportedModelError(
             f"transformers did not switch {type(model).__name__} to the attention implementation "

@@ -113,6 +113,8 @@ def inspect_model(model: PreTrainedModel) -> Family:
             f"{kind} shares keys and values between layers; its cache layout is not supported"
         )
     decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModelError(f"{kind} has no decoder of its own that could be switched")
     decoder_name = next(name for name, module in model.named_modules() if module is decoder)
     attention = _attention_modules(decoder, decoder_name)
     if not attention:

@@ -50,7 +50,7 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
     call = Call(model=self, tokenizer=given.get("tokenizer"), backend=patch.backend)
     methods = _methods_of_call(patch, overrides, call)
-    _refuse_cache(given, methods, explicit="kv_eviction" in overrides)
+    _refuse_cache(self, given, methods, explicit="kv_eviction" in overrides)
     processors = [method.logits_processor(call) for method in _unique(methods)]
     processors = [processor for processor in processors if processor is not None]
     if processors:
@@ -125,11 +125,14 @@ def check_method(method: Method, others: dict[str, Method], family: Family) -> t
     return method.sites(family)
 
 
-def _refuse_cache(given: dict[str, Any], methods: dict[str, Method], explicit: bool) -> None:
+def _refuse_cache(
+    model: PreTrainedModel, given: dict[str, Any], methods: dict[str, Method], explicit: bool
+) -> None:
     """Refuse, before anything runs, a cache that this call cannot use."""
     config = given.get("generation_config")
     asked = given.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if asked not in (None, "dynamic"):
+    # Some checkpoints ship a static cache as their default; that is nobody's request.
+    if asked not in (None, "dynamic", model.generation_config.cache_implementation):
         raise CacheError(
             f"a patched model keeps its own fixed-address KVStore; got cache_implementation="
             f"{asked!r}. Leave it out, or call patchkit.restore(model) first"

@@ -67,8 +67,9 @@ def before_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     patch.store = None
     if isinstance(past, KVStore):
         inputs = kwargs.get("input_ids")
-        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        past.begin(decoder, inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is not None:  # else the model has its own error to raise
+            past.begin(decoder, inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
         patch.store = past
     return (), kwargs
 
@@ -157,9 +158,10 @@ def attention(
     }
     layer = patch.store_layer(module.layer_idx)
     if layer is not None:
-        out = _attend_store(patch, layer, query, key, value, attention_mask, options)
+        stored = query.to(key.dtype)
+        out = _attend_store(patch, layer, stored, key, value.to(key.dtype), attention_mask, options)
         layer.commit()
-        return out, None
+        return out.to(query.dtype), None
     mask, is_causal = _plain_visibility(query, key, attention_mask, sliding_window)
     patch.backend.calls["dense_attention", "torch"] += 1
     out = dense_attention(

@@ -93,8 +93,11 @@ class StoreLayer(CacheLayerMixin):
         """Take batch size, heads, dtype and device from the first chunk `[B, H_kv, T, D]`."""
         batch_size, num_kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch_size, num_kv_heads, 0, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch_size, num_kv_heads, 0, value_states.shape[-1])
+        if torch.is_autocast_enabled(self.device.type):  # RoPE leaves it for float32
+            self.dtype = torch.get_autocast_dtype(self.device.type)
+        slots = {"dtype": self.dtype, "device": self.device}
+        self.keys = torch.zeros(batch_size, num_kv_heads, 0, key_states.shape[-1], **slots)
+        self.values = torch.zeros(batch_size, num_kv_heads, 0, value_states.shape[-1], **slots)
         counters = {"dtype": torch.int32, "device": self.device}
         self.position = torch.full((batch_size, num_kv_heads, 0), -1, **counters)
         self.length = torch.zeros(batch_size, num_kv_heads, **counters)
@@ -153,15 +156,16 @@ class StoreLayer(CacheLayerMixin):
         """Append a chunk and return the slots that attention must see.
 
         Args:
-            key_states: `[B, H_kv, T, D]`, float. Keys after RoPE.
-            value_states: `[B, H_kv, T, Dv]`, same dtype and device.
+            key_states: `[B, H_kv, T, D]`, float. Keys after RoPE. Converted to the dtype of the
+                store, which the first chunk (or autocast) decides.
+            value_states: `[B, H_kv, T, Dv]`, likewise.
 
         Returns:
             Views `[B, H_kv, filled, D]` and `[B, H_kv, filled, Dv]` of the slots, in slot order.
 
         Raises:
             CacheError: the model that runs is not patched, another attention function ran in
-                between, the batch size changed, or gradients would be lost.
+                between, batch size or device changed, or gradients would be lost.
         """
         if self._open or self._step == self._forward.step:
             raise CacheError(
@@ -179,6 +183,11 @@ class StoreLayer(CacheLayerMixin):
             raise CacheError(
                 f"the store holds {self.batch_size} rows, got a chunk of {key_states.shape[0]}"
             )
+        if key_states.device != self.device:
+            raise CacheError(
+                f"the store lives on {self.device}, got a chunk on {key_states.device}; "
+                "a store does not follow a model that moves"
+            )
         new_tokens = key_states.shape[-2]
         self._step = self._forward.step
         self._reserve(new_tokens)
@@ -192,8 +201,8 @@ class StoreLayer(CacheLayerMixin):
             self.position,
             self.length,
             self.seen,
-            key_states,
-            value_states,
+            key_states.to(self.dtype),
+            value_states.to(self.dtype),
             valid,
             start=None if self.ragged or self._per_head else self.filled,
         )
