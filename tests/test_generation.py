@@ -358,6 +358,41 @@ def test_crop_repeat_select_and_reset(family):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [None, Window(budget=7)])
+def test_rows_of_different_length_are_reordered_with_their_bookkeeping(window):
+    batch = left_padded_batch(97, [12, 5])
+    order, token = torch.tensor([1, 0]), torch.tensor([[7], [9]])
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    positions = batch["attention_mask"].sum(-1, keepdim=True)
+    logits = []
+    with patchkit.patched(tiny_model("llama"), *([window] if window else [])) as model:
+        for reorder in (False, True):
+            store = KVStore(model)
+            first = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            model(**batch, position_ids=first, past_key_values=store)
+            rows = order if reorder else torch.tensor([0, 1])
+            if reorder:
+                store.reorder_cache(order)
+            out = model(
+                token[rows], attention_mask=mask[rows], position_ids=positions[rows],
+                past_key_values=store,
+            )  # fmt: skip
+            logits.append(out.logits)
+    torch.testing.assert_close(logits[1], logits[0][order])
+
+
+@torch.no_grad()
+def test_crop_empties_the_slots(model):
+    store = KVStore(model)
+    model(IDS, past_key_values=store)
+    store.crop(-6)
+    for layer in store.layers:
+        assert layer.length.eq(14).all()
+        assert layer.position[:, :, :14].eq(torch.arange(14)).all()
+        assert layer.position[:, :, 14:].eq(-1).all()
+
+
+@torch.no_grad()
 def test_addresses_stay_between_decoding_steps(model):
     store = KVStore(model)
     model(IDS, past_key_values=store)
