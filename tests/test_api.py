@@ -114,6 +114,8 @@ def test_method_without_a_site(monkeypatch):
     report = patchkit.report(model)
     assert report.methods[0].skipped and "found nothing" in str(report)
     assert report.exact
+    with pytest.raises(NoMatchingModuleError, match="window found nothing"):
+        greedy(model, kv_eviction="window")
 
 
 def test_a_failure_in_the_middle_undoes_everything(monkeypatch):

@@ -89,9 +89,9 @@ def _check(
     for method in wanted:
         sites = generation.check_method(method, taken, patch.family)
         if not sites:
-            reason = f"found nothing to act on in {type(patch.family.model).__name__}"
+            reason = generation.nothing_to_act_on(method, patch.family)
             if strict:
-                raise NoMatchingModuleError(f"{method.name} {reason}")
+                raise NoMatchingModuleError(reason)
             skipped.append((method, reason))
             continue
         added.append((method, sites))

@@ -17,7 +17,12 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.backends import Backend
 from patchkit.compat import CHUNKED_PREFILL_IGNORES_CACHE
-from patchkit.errors import CacheError, MethodConflictError, UnsupportedGenerationError
+from patchkit.errors import (
+    CacheError,
+    MethodConflictError,
+    NoMatchingModuleError,
+    UnsupportedGenerationError,
+)
 from patchkit.families import Family
 from patchkit.method import Method, as_slot_value, slot_names
 
@@ -99,7 +104,8 @@ def _methods_of_call(patch: Patch, overrides: dict[str, Any], call: Call) -> dic
         if method is None:
             continue
         method = method.for_call(call)
-        check_method(method, methods, patch.family)
+        if not check_method(method, methods, patch.family):
+            raise NoMatchingModuleError(nothing_to_act_on(method, patch.family))
         methods |= dict.fromkeys(method.slots, method)
     return methods
 
@@ -123,6 +129,11 @@ def check_method(method: Method, others: dict[str, Method], family: Family) -> t
             )
     method.check(family)
     return method.sites(family)
+
+
+def nothing_to_act_on(method: Method, family: Family) -> str:
+    """Say that a method has no site."""
+    return f"{method.name} found nothing to act on in {type(family.model).__name__}"
 
 
 def _refuse_cache(

@@ -60,7 +60,7 @@ def before_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     check_cache(past, eviction)
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
-        use_cache = decoder.config.use_cache
+        use_cache = getattr(decoder.config, "use_cache", True)
     keeps_gradients = torch.is_grad_enabled() and (decoder.training or eviction is None)
     if past is None and use_cache and not keeps_gradients:
         past = kwargs["past_key_values"] = KVStore(patch.family.model)
