@@ -78,6 +78,7 @@ def test_slot_is_reset_when_generate_fails(model):
 
     with pytest.raises(KeyboardInterrupt):
         generated(model, kv_eviction=Window(budget=8), stopping_criteria=[Stop()])
+    assert KVStore(model).eviction is None
     assert generated(model).past_key_values.eviction is None
 
 
@@ -175,6 +176,15 @@ def test_assistant_model_and_early_exit(model):
     patchkit.apply(assistant)
     assert torch.equal(generated(model, assistant_model=assistant).sequences, plain)
     assert torch.equal(generated(model, assistant_early_exit=1).sequences, plain)
+
+
+def test_sliding_window_layers_of_an_assistant_can_be_rolled_back():
+    model, assistant = tiny_model("gemma3"), tiny_model("gemma3", seed=3)
+    plain = generated(model, new_tokens=16).sequences
+    patchkit.apply(model)
+    patchkit.apply(assistant)
+    out = generated(model, new_tokens=16, assistant_model=assistant)
+    assert torch.equal(out.sequences, plain)
 
 
 def test_custom_generate_callable_gets_the_store(model):
