@@ -84,7 +84,7 @@ def test_generate_matches_masked_reference(family):
     check(out, model, batch["attention_mask"].bool(), [23], 23)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [1, 5, 22])
 def test_chunked_prefill_matches_masked_reference(family, chunk):
     model = build(family)
@@ -95,7 +95,7 @@ def test_chunked_prefill_matches_masked_reference(family, chunk):
     check(out, model, batch["attention_mask"].bool(), sizes, 23)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_second_turn_continues_at_the_true_position(family):
     model = build(family)
     batch = left_padded_batch(VOCAB, [23, 11, 17])
@@ -113,8 +113,9 @@ def test_second_turn_continues_at_the_true_position(family):
     check(second, model, mask.bool(), chunks, ids.shape[1])
 
 
-def test_beam_search_reorders_the_store():
-    model = build()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search_reorders_the_store(family):
+    model = build(family)
     batch = left_padded_batch(VOCAB, [19, 11])
     config = GenerationConfig(
         num_beams=3, num_return_sequences=3, max_new_tokens=12, do_sample=False, pad_token_id=0
