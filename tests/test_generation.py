@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import patchkit
 from patchkit import TIP, CyclicReflex, KVStore, Window
-from patchkit.compat import CHUNKED_PREFILL_IGNORES_CACHE
+from patchkit.compat import CHUNKED_PREFILL_IGNORES_CACHE, find_cache
 from patchkit.errors import (
     CacheError,
     MethodConflictError,
@@ -27,6 +27,7 @@ from patchkit.errors import (
 from patchkit.testing import left_padded_batch, tiny_model
 
 from .decoding.helpers import word_tokenizer
+from .helpers import with_cache
 
 IDS = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(1))
 
@@ -189,7 +190,7 @@ def test_sliding_window_layers_of_an_assistant_can_be_rolled_back():
 
 def test_custom_generate_callable_gets_the_store(model):
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        return kwargs["past_key_values"]
+        return find_cache(kwargs)
 
     store = model.generate(IDS, custom_generate=loop, kv_eviction=Window(budget=8))
     assert isinstance(store, KVStore)
@@ -202,11 +203,23 @@ def test_custom_generate_callable_gets_the_store(model):
 def test_a_users_dynamic_cache_is_served(model):
     plain = generated(model).sequences
     cache = DynamicCache(config=model.config)
-    out = generated(model, past_key_values=cache)
+    out = generated(model, **with_cache(cache))
     assert torch.equal(out.sequences, plain)
     assert out.past_key_values is cache
     with pytest.raises(CacheError, match="KVStore"):
-        generated(model, past_key_values=cache, kv_eviction="window")
+        generated(model, **with_cache(cache), kv_eviction="window")
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@torch.no_grad()
+def test_the_older_name_of_the_cache_is_accepted(model):
+    past = generated(model, kv_eviction="window").past_key_values
+    ids = torch.cat([IDS, IDS], dim=1)
+    with pytest.raises(CacheError, match="made for kv_eviction"):
+        generated(model, ids, past_key_values=past, kv_eviction=Window(budget=9))
+    store = KVStore(model)
+    model(IDS, past_key_values=store)
+    assert store.get_seq_length() == IDS.shape[1]
 
 
 @pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded", "paged"])
@@ -229,9 +242,9 @@ def test_cache_implementation_of_the_checkpoint_is_replaced(model):
 def test_static_cache_is_refused(model):
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(CacheError, match="got StaticCache"):
-        generated(model, past_key_values=cache)
+        generated(model, **with_cache(cache))
     with torch.no_grad(), pytest.raises(CacheError, match="got StaticCache"):
-        model(IDS, past_key_values=cache)
+        model(IDS, **with_cache(cache))
 
 
 def test_store_of_another_model_is_refused(model):
@@ -240,33 +253,33 @@ def test_store_of_another_model_is_refused(model):
     ids = torch.ones(1, 40, dtype=torch.long)
     columns = store.get_seq_length()
     with pytest.raises(CacheError, match="another model"):
-        generated(other, ids, past_key_values=store)
+        generated(other, ids, **with_cache(store))
     assert store.get_seq_length() == columns
     patchkit.restore(model)
     with torch.no_grad(), pytest.raises(CacheError, match="patched model"):
-        model(IDS, past_key_values=store)
+        model(IDS, **with_cache(store))
 
 
 def test_store_of_another_batch_size_is_refused(model):
     store = generated(model).past_key_values
     ids = torch.ones(2, 40, dtype=torch.long)
     with pytest.raises(CacheError, match="1 rows, got an input of 2"):
-        generated(model, ids, past_key_values=store)
+        generated(model, ids, **with_cache(store))
 
 
 def test_mask_that_misses_the_past_is_refused(model):
     store = generated(model).past_key_values
     mask = torch.ones(1, 3, dtype=torch.long)
     with torch.no_grad(), pytest.raises(CacheError, match="29 in the store, 3 new"):
-        model(IDS[:, :3], attention_mask=mask, past_key_values=store)
+        model(IDS[:, :3], attention_mask=mask, **with_cache(store))
 
 
 def test_store_made_for_another_method_is_refused(model):
     store = generated(model, kv_eviction=Window(budget=8)).past_key_values
     ids = torch.ones(1, 40, dtype=torch.long)
     with pytest.raises(CacheError, match="made for"):
-        generated(model, ids, past_key_values=store, kv_eviction=Window(budget=9))
-    out = generated(model, ids, past_key_values=store)  # keeps its own policy
+        generated(model, ids, **with_cache(store), kv_eviction=Window(budget=9))
+    out = generated(model, ids, **with_cache(store))  # keeps its own policy
     assert out.past_key_values.lengths()[0].max() == 8
 
 
@@ -277,12 +290,12 @@ def test_store_continues_after_an_exception_only_when_reset(model):
     )
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="out of memory"):
-            model(IDS, past_key_values=store)
+            model(IDS, **with_cache(store))
         broken.remove()
         with pytest.raises(CacheError, match="did not finish"):
-            model(IDS, past_key_values=store)
+            model(IDS, **with_cache(store))
         store.reset()
-        again = model(IDS, past_key_values=store).logits
+        again = model(IDS, **with_cache(store)).logits
         torch.testing.assert_close(again, model(IDS).logits)
 
 
@@ -297,7 +310,7 @@ def test_gradients_through_the_store_are_refused(model):
     out = model(IDS)  # gradients on: transformers' own cache
     assert isinstance(out.past_key_values, DynamicCache)
     with pytest.raises(CacheError, match="no gradients"):
-        model(IDS, past_key_values=KVStore(model))
+        model(IDS, **with_cache(KVStore(model)))
 
 
 def test_output_attentions_is_refused_by_name(model):
@@ -310,10 +323,10 @@ def test_chunked_prefill_over_a_filled_store(model):
     ids = torch.cat([first.sequences, IDS[:, :7]], dim=1)
     if CHUNKED_PREFILL_IGNORES_CACHE:
         with pytest.raises(UnsupportedGenerationError, match="5.23"):
-            generated(model, ids, past_key_values=first.past_key_values, prefill_chunk_size=3)
+            generated(model, ids, **with_cache(first.past_key_values), prefill_chunk_size=3)
         return
     plain = generated(model, ids).sequences
-    out = generated(model, ids, past_key_values=first.past_key_values, prefill_chunk_size=3)
+    out = generated(model, ids, **with_cache(first.past_key_values), prefill_chunk_size=3)
     assert torch.equal(out.sequences, plain)
 
 
@@ -331,7 +344,7 @@ def test_four_dimensional_masks_are_masks_over_columns(model):
     depth = positions[:, -1:] + torch.tensor([[1, 2, 2, 3]])
     past = model(ids, attention_mask=mask, position_ids=positions).past_key_values
     full = torch.cat([mask.bool()[:, None].expand(-1, 4, -1), parents.expand(2, -1, -1)], -1)
-    got = model(tree, attention_mask=full[:, None], position_ids=depth, past_key_values=past).logits
+    got = model(tree, attention_mask=full[:, None], position_ids=depth, **with_cache(past)).logits
     for branch in ([0, 1], [0, 2, 3]):
         line = torch.cat([ids, tree[:, branch]], 1)
         line_mask = torch.cat([mask, mask.new_ones(2, len(branch))], 1)
@@ -349,22 +362,22 @@ def test_crop_repeat_select_and_reset(family):
     ids = torch.randint(1, 97, (2, 20), generator=torch.Generator().manual_seed(2))
     store = KVStore(model)
     store.activate_past_recording()
-    model(ids, past_key_values=store)
-    model(ids[:, :5], past_key_values=store)
+    model(ids, **with_cache(store))
+    model(ids[:, :5], **with_cache(store))
     store.crop(-5)
     assert store.get_seq_length() == 20
     store.batch_repeat_interleave(2)
     store.reorder_cache(torch.tensor([3, 2, 1, 0]))
     store.batch_select_indices(torch.tensor([1, 2]))  # rows 1 and 0 of the original
     tail = ids[:, 5:11]
-    got = model(tail, past_key_values=store).logits
+    got = model(tail, **with_cache(store)).logits
     want = model(torch.cat([ids[[1, 0]], tail], 1), use_cache=False).logits[:, 20:]
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     with pytest.raises(CacheError, match="<= 0, got 3"):
         store.crop(3)
     store.reset()
     assert store.nbytes == 0
-    torch.testing.assert_close(model(ids, past_key_values=store).logits, model(ids).logits)
+    torch.testing.assert_close(model(ids, **with_cache(store)).logits, model(ids).logits)
 
 
 @torch.no_grad()
@@ -379,13 +392,13 @@ def test_rows_of_different_length_are_reordered_with_their_bookkeeping(window):
         for reorder in (False, True):
             store = KVStore(model)
             first = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            model(**batch, position_ids=first, past_key_values=store)
+            model(**batch, position_ids=first, **with_cache(store))
             rows = order if reorder else torch.tensor([0, 1])
             if reorder:
                 store.reorder_cache(order)
             out = model(
                 token[rows], attention_mask=mask[rows], position_ids=positions[rows],
-                past_key_values=store,
+                **with_cache(store),
             )  # fmt: skip
             logits.append(out.logits)
     torch.testing.assert_close(logits[1], logits[0][order])
@@ -394,7 +407,7 @@ def test_rows_of_different_length_are_reordered_with_their_bookkeeping(window):
 @torch.no_grad()
 def test_crop_empties_the_slots(model):
     store = KVStore(model)
-    model(IDS, past_key_values=store)
+    model(IDS, **with_cache(store))
     store.crop(-6)
     for layer in store.layers:
         assert layer.length.eq(14).all()
@@ -405,15 +418,15 @@ def test_crop_empties_the_slots(model):
 @torch.no_grad()
 def test_addresses_stay_between_decoding_steps(model):
     store = KVStore(model)
-    model(IDS, past_key_values=store)
+    model(IDS, **with_cache(store))
     layer = store.layers[0]
     before = {name: t.data_ptr() for name, t in layer._tensors().items()}
     for token in range(100):
-        model(IDS[:, :1] + token % 7, past_key_values=store)
+        model(IDS[:, :1] + token % 7, **with_cache(store))
     assert {name: t.data_ptr() for name, t in layer._tensors().items()} == before
     assert layer.capacity == 256
     for _ in range(160):
-        model(IDS[:, :1], past_key_values=store)
+        model(IDS[:, :1], **with_cache(store))
     assert layer.capacity == 512
     assert layer.length.eq(280).all()
 

@@ -15,6 +15,8 @@ import patchkit
 from patchkit import KVStore, Window
 from patchkit.testing import tiny_model
 
+from .helpers import with_cache
+
 IDS = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -184,9 +186,7 @@ def test_autocast():
     torch.testing.assert_close(got.logits[0], want.logits[0], atol=0.05 * scale.item(), rtol=0)
     # A store keeps the dtype it began with; a model of another dtype can continue over it.
     ids = torch.cat([got.sequences, IDS[:, :3]], dim=1)
-    out = model.generate(
-        ids, past_key_values=got.past_key_values, max_new_tokens=3, do_sample=False
-    )
+    out = model.generate(ids, **with_cache(got.past_key_values), max_new_tokens=3, do_sample=False)
     assert out.shape[1] == ids.shape[1] + 3
 
 

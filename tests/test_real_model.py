@@ -8,6 +8,8 @@ import torch
 import patchkit
 from patchkit import KVStore, Window, demo
 
+from .helpers import with_cache
+
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
@@ -82,10 +84,10 @@ def test_window_holds_the_bytes_constant_over_4000_tokens(smollm2):
         store = KVStore(model)
         sizes = []
         for chunk in ids.split(600, dim=1):
-            logits = model(chunk, past_key_values=store, logits_to_keep=1).logits
+            logits = model(chunk, **with_cache(store), logits_to_keep=1).logits
             sizes.append(store.nbytes)
         for _ in range(100):
-            logits = model(logits.argmax(-1), past_key_values=store).logits
+            logits = model(logits.argmax(-1), **with_cache(store)).logits
             sizes.append(store.nbytes)
     assert store.get_seq_length() == 4000
     assert all(length.eq(1024).all() for length in store.lengths())

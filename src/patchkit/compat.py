@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -10,3 +12,12 @@ TRANSFORMERS_VERSION = Version(version("transformers"))
 
 CHUNKED_PREFILL_IGNORES_CACHE = Version("5.23") > TRANSFORMERS_VERSION
 """`generate(prefill_chunk_size=...)` feeds the whole input again on top of a non-empty cache."""
+
+CACHE_KEYWORD = "cache" if Version("5.24") <= TRANSFORMERS_VERSION else "past_key_values"
+"""What `forward()` and `generate()` call the KV cache; the older name is still accepted."""
+
+
+def find_cache(kwargs: Mapping[str, Any]) -> Any:
+    """Return the KV cache among keyword arguments, under either name, or None."""
+    cache = kwargs.get(CACHE_KEYWORD)
+    return kwargs.get("past_key_values") if cache is None else cache

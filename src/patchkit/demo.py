@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from patchkit import api, bundled
+from patchkit.compat import find_cache
 from patchkit.errors import ModelLoadError
 from patchkit.method import Method
 from patchkit.status import PatchReport
@@ -213,9 +214,9 @@ def _answer(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> tup
         token_ids=tuple(token_ids),
         prefill_ms=(first - start) * 1e3,
         ms_per_token=(end - first) * 1e3 / rest if rest else None,
-        kv_bytes=kv_bytes(output.past_key_values),
+        kv_bytes=kv_bytes(find_cache(output)),
     )
-    return side, output.past_key_values
+    return side, find_cache(output)
 
 
 def kv_bytes(cache: Any) -> int:

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.backends import Backend
-from patchkit.compat import CHUNKED_PREFILL_IGNORES_CACHE
+from patchkit.compat import CACHE_KEYWORD, CHUNKED_PREFILL_IGNORES_CACHE, find_cache
 from patchkit.errors import (
     CacheError,
     MethodConflictError,
@@ -76,18 +76,18 @@ def prepare_cache_for_generation(
 ) -> None:
     """Let transformers decide about the cache, then put a `KVStore` where it made a default one."""
     patch: Patch = self.__dict__["_patchkit"]
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(CACHE_KEYWORD)
     _refuse_mode(patch, generation_config, generation_mode, given)
     if given is None:
         # What remains here is the default of the checkpoint; the call itself asked for none.
         generation_config.cache_implementation = None
     original = patch.journal.original(self, "_prepare_cache_for_generation")
     original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-    if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+    if given is None and type(model_kwargs.get(CACHE_KEYWORD)) is DynamicCache:
         store = KVStore(self)
         if generation_config.is_assistant:
             store.activate_past_recording()
-        model_kwargs["past_key_values"] = store
+        model_kwargs[CACHE_KEYWORD] = store
 
 
 def _unique(methods: dict[str, Method]) -> list[Method]:
@@ -149,7 +149,7 @@ def _refuse_cache(
             f"{asked!r}. Leave it out, or call patchkit.restore(model) first"
         )
     eviction = methods.get("kv_eviction")
-    cache = given.get("past_key_values")
+    cache = find_cache(given)
     check_cache(cache, eviction)
     if explicit and isinstance(cache, KVStore) and cache.eviction != eviction:
         raise CacheError(

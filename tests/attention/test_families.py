@@ -12,6 +12,8 @@ import patchkit
 from patchkit import KVStore
 from patchkit.testing import FAMILIES, left_padded_batch, reference_attention, tiny_model
 
+from ..helpers import with_cache
+
 VOCAB = 97
 
 
@@ -37,7 +39,7 @@ def second_turn(model, first, mask, **kwargs):
     ids = torch.cat([first.sequences, turn], dim=1)
     mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
     past = first.past_key_values
-    return generated(model, input_ids=ids, attention_mask=mask, past_key_values=past, **kwargs)
+    return generated(model, input_ids=ids, attention_mask=mask, **with_cache(past), **kwargs)
 
 
 def situations(model):
@@ -91,7 +93,7 @@ def test_raw_forward_loop_and_training_pass(model):
     with patchkit.patched(model):
         past, parts, start = None, [], 0
         for chunk in [13, 1, 1, 6, 9]:
-            out = model(ids[:, start : start + chunk], past_key_values=past)
+            out = model(ids[:, start : start + chunk], **with_cache(past))
             past, start = out.past_key_values, start + chunk
             parts.append(out.logits)
         looped = torch.cat(parts, dim=1)

@@ -15,6 +15,7 @@ from patchkit import KVStore, Window
 from patchkit.errors import CacheError, SlotError, UnsupportedGenerationError
 from patchkit.testing import FAMILIES, left_padded_batch, reference_attention, tiny_model
 
+from ..helpers import with_cache
 from .policy_reference import eviction_mask, masked_logits, window_keep
 
 BUDGET, SINKS, VOCAB = 12, 3, 97
@@ -106,7 +107,7 @@ def test_second_turn_continues_at_the_true_position(family):
         mask = batch["attention_mask"]
         mask = torch.cat([mask, mask.new_ones(3, ids.shape[1] - mask.shape[1])], dim=1)
         store = first.past_key_values
-        second = generated(model, 8, input_ids=ids, attention_mask=mask, past_key_values=store)
+        second = generated(model, 8, input_ids=ids, attention_mask=mask, **with_cache(store))
     assert second.past_key_values is store
     # 23 prompt columns, 7 decoded (the 8th was never fed), then 1 + 6 new ones in one chunk.
     chunks = [23, *[1] * 7, 7]
@@ -139,7 +140,7 @@ def test_raw_forward_loop():
     with patchkit.patched(model, Window(budget=BUDGET, num_sink_tokens=SINKS)), torch.no_grad():
         past, logits, start = None, [], 0
         for chunk in chunks:
-            out = model(ids[:, start : start + chunk], past_key_values=past)
+            out = model(ids[:, start : start + chunk], **with_cache(past))
             past = out.past_key_values
             logits.append(out.logits)
             start += chunk
@@ -188,7 +189,7 @@ def test_budget_is_never_exceeded_after_a_forward(backend):
     with patchkit.patched(model, window, backend=backend), torch.no_grad():
         past, start = None, 0
         for chunk in [11, 1, 1, 1, 20, 1, 9]:
-            past = model(ids[:, start : start + chunk], past_key_values=past).past_key_values
+            past = model(ids[:, start : start + chunk], **with_cache(past)).past_key_values
             start += chunk
             for layer in past.store_layers:
                 assert layer.length.max() == min(start, BUDGET)

@@ -9,6 +9,8 @@ import patchkit
 from patchkit import CyclicReflex, Window, demo
 from patchkit.testing import FAMILIES, left_padded_batch, reference_attention, tiny_model
 
+from ..helpers import with_cache
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -50,7 +52,7 @@ def situations(model):
             model, prompt_lookup_num_tokens=3, input_ids=batch["input_ids"][:1]
         ),
         "beam search": generated(model, num_beams=3, **batch),
-        "second turn": generated(model, input_ids=ids, attention_mask=mask, past_key_values=past),
+        "second turn": generated(model, input_ids=ids, attention_mask=mask, **with_cache(past)),
     }
 
 
@@ -105,7 +107,7 @@ def test_half_precision_is_as_close_to_float32_as_the_unpatched_model(dtype):
         plain = model(ids, use_cache=False).logits.double()
         patchkit.apply(model)
         past = model(ids[:, :200]).past_key_values
-        steps = [model(ids[:, i : i + 1], past_key_values=past).logits for i in range(200, 205)]
+        steps = [model(ids[:, i : i + 1], **with_cache(past)).logits for i in range(200, 205)]
     assert exact.isfinite().all()
     got = torch.cat(steps, dim=1).double()
     error = (got - full[:, 200:]).abs().max()
@@ -131,9 +133,9 @@ def test_a_step_over_the_store_can_be_captured_in_a_cuda_graph():
     ids = torch.randint(1, VOCAB, (2, 60), device="cuda")
     eager, captured = patchkit.KVStore(model), patchkit.KVStore(model)
     for store in (eager, captured):
-        model(ids, past_key_values=store)
+        model(ids, **with_cache(store))
         for _ in range(3):  # warm up: compile kernels, settle the capacity
-            model(ids[:, :1], past_key_values=store)
+            model(ids[:, :1], **with_cache(store))
     token = ids[:, :1].clone()
     position = torch.full((2, 1), 63, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -141,15 +143,15 @@ def test_a_step_over_the_store_can_be_captured_in_a_cuda_graph():
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         twin = patchkit.KVStore(model)
-        model(ids, past_key_values=twin)
-        model(token, position_ids=position, past_key_values=twin)
+        model(ids, **with_cache(twin))
+        model(token, position_ids=position, **with_cache(twin))
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
-        logits = model(token, position_ids=position, past_key_values=captured).logits
+        logits = model(token, position_ids=position, **with_cache(captured)).logits
     for step in range(5):
         token.copy_(ids[:, step : step + 1])
         position.fill_(63 + step)
-        want = model(token, position_ids=position, past_key_values=eager).logits
+        want = model(token, position_ids=position, **with_cache(eager)).logits
         graph.replay()
         torch.testing.assert_close(logits, want, atol=2e-4, rtol=2e-4)
 

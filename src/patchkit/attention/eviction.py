@@ -24,7 +24,8 @@ class EvictionPolicy:
 
     Attributes:
         budget: How much a KV head keeps, sinks included; see `Budget`. A fraction counts the
-            tokens that arrived in forwards of more than one token, per row, rounded down.
+            tokens that arrived in forwards of more than one token, per row, rounded down. The store
+            caps it at what a sliding-window layer can use.
         num_sink_tokens: The first tokens of each row, which are never dropped.
         per_head: Whether the KV heads of a row may keep different tokens.
     """
@@ -40,12 +41,3 @@ class EvictionPolicy:
             `[B, H_kv, capacity]` float32, or None to rank by age.
         """
         return None
-
-
-def resolve_budget(budget: Budget, limit: int | None) -> Budget:
-    """Cap a budget at `limit` tokens; a fraction stays one, since the store applies the cap."""
-    if limit is None or isinstance(budget, float):
-        return budget
-    if isinstance(budget, tuple):
-        return tuple(min(b, limit) for b in budget)
-    return min(budget, limit)

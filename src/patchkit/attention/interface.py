@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from patchkit.attention.dense import dense_attention
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.attention.store_layer import StoreLayer
+from patchkit.compat import CACHE_KEYWORD, find_cache
 from patchkit.errors import CacheError, UnsupportedGenerationError, UnsupportedModelError
 
 IMPLEMENTATION = "patchkit"
@@ -55,7 +56,7 @@ def before_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
             "attention weights are never materialised by patchkit's attention; call "
             "patchkit.restore(model) and use attn_implementation='eager' for output_attentions"
         )
-    past = kwargs.get("past_key_values")
+    past = find_cache(kwargs)
     eviction = patch.active().get("kv_eviction")
     check_cache(past, eviction)
     use_cache = kwargs.get("use_cache")
@@ -63,7 +64,7 @@ def before_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
         use_cache = getattr(decoder.config, "use_cache", True)
     keeps_gradients = torch.is_grad_enabled() and (decoder.training or eviction is None)
     if past is None and use_cache and not keeps_gradients:
-        past = kwargs["past_key_values"] = KVStore(patch.family.model)
+        past = kwargs[CACHE_KEYWORD] = KVStore(patch.family.model)
     patch.store = None
     if isinstance(past, KVStore):
         inputs = kwargs.get("input_ids")

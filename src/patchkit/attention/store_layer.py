@@ -66,7 +66,6 @@ class StoreLayer(CacheLayerMixin):
         self.backend = backend
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self.evicts = policy is not None
         if policy is None and sliding_window is not None:
             policy = EvictionPolicy(budget=sliding_window - 1)
         self.policy = policy
@@ -280,6 +279,8 @@ class StoreLayer(CacheLayerMixin):
                 self._max_budget = min(self._max_budget, limit)
             return
         per_head = budget if isinstance(budget, tuple) else (budget,) * self.length.shape[1]
+        if limit is not None:
+            per_head = tuple(min(tokens, limit) for tokens in per_head)
         self.budget = self.length.new_tensor(per_head).expand_as(self.length).contiguous()
         self._min_budget, self._max_budget = min(per_head), max(per_head)
 

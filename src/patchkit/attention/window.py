@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from patchkit.attention.eviction import EvictionPolicy, resolve_budget
+from patchkit.attention.eviction import EvictionPolicy
 from patchkit.families import Family
 from patchkit.method import Method
 
@@ -106,9 +106,8 @@ class Window(Method, name="window", slots=("kv_eviction",)):
         """Bound one layer; sliding-window layers keep recent tokens only."""
         budget = self.budget[layer_idx] if isinstance(self.budget, tuple) else self.budget
         assert isinstance(budget, (int, float, tuple))
-        limit = None if sliding_window is None else sliding_window - 1
         return EvictionPolicy(
-            budget=resolve_budget(budget, limit),
+            budget=budget,
             num_sink_tokens=self.num_sink_tokens if sliding_window is None else 0,
             per_head=isinstance(budget, tuple),
         )
