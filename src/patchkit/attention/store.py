@@ -20,6 +20,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
@@ -138,5 +139,18 @@ class KVStore(Cache):
                 f"expected an attention mask over all {columns + new_tokens} columns ({columns} in "
                 f"the store, {new_tokens} new), got {mask.shape[1]}"
             )
+        if two_dimensional and _holds_no_padding(mask[:, columns : columns + new_tokens]):
+            two_dimensional = False
         self._forward.step += 1
         self._forward.mask = mask if two_dimensional else None
+
+
+def _holds_no_padding(mask: Tensor) -> bool:
+    """Say whether a mask `[B, T]` is known to be all ones.
+
+    This waits for the device once per prefill, since attention without a mask is much faster. One
+    token at a time is not worth it, and a traced forward cannot branch on it.
+    """
+    if torch.compiler.is_compiling() or (mask.is_cuda and mask.shape[1] == 1):
+        return False
+    return bool(mask.all())
