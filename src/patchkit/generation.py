@@ -11,9 +11,17 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import Cache, DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
+from patchkit import engine
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.backends import Backend
 from patchkit.compat import CACHE_KEYWORD, CHUNKED_PREFILL_IGNORES_CACHE, find_cache
@@ -25,6 +33,7 @@ from patchkit.errors import (
 )
 from patchkit.families import Family
 from patchkit.method import Method, as_slot_value, slot_names
+from patchkit.patch import ActiveCall
 
 if TYPE_CHECKING:
     from patchkit.patch import Patch
@@ -61,8 +70,10 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if processors:
         own = given.get("logits_processor") or ()
         bound.arguments["logits_processor"] = LogitsProcessorList([*own, *processors])
+    if engine.serves(self, given):
+        bound.arguments["custom_generate"] = engine.decode
     original = patch.journal.original(self, "generate")
-    with patch.call(methods):
+    with patch.call(ActiveCall(methods, given.get("streamer"), call.tokenizer)):
         return original(*bound.args[1:], **bound.kwargs)
 
 
@@ -88,6 +99,20 @@ def prepare_cache_for_generation(
         if generation_config.is_assistant:
             store.activate_past_recording()
         model_kwargs[CACHE_KEYWORD] = store
+
+
+def get_stopping_criteria(
+    self: PreTrainedModel,
+    generation_config: GenerationConfig,
+    stopping_criteria: StoppingCriteriaList | None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> StoppingCriteriaList:
+    """Bring the tokenizer for `stop_strings`, which `custom_generate` makes transformers drop."""
+    patch: Patch = self.__dict__["_patchkit"]
+    original = patch.journal.original(self, "_get_stopping_criteria")
+    tokenizer = patch.running.tokenizer if tokenizer is None else tokenizer
+    return original(generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs)
 
 
 def _unique(methods: dict[str, Method]) -> list[Method]:

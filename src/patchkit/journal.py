@@ -95,6 +95,10 @@ class Journal:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self._edits.append(_PreHook(module, label, hook, handle.id))
 
+    def holds_hook(self, hook: Callable[..., Any]) -> bool:
+        """Say whether `hook` is a forward pre-hook that this journal registered."""
+        return any(isinstance(edit, _PreHook) and edit.hook is hook for edit in self._edits)
+
     def original(self, owner: Any, name: str) -> Any:
         """Return what `owner.name` was before the first edit (a bound method of the class, say)."""
         for edit in self._edits:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patchkit.backends import Backend
@@ -13,10 +15,26 @@ from patchkit.configs import OwnConfig
 from patchkit.families import Family
 from patchkit.journal import Journal
 from patchkit.method import Method
+from patchkit.step_graph import GraphPool
 
 if TYPE_CHECKING:
     from patchkit.attention.store import KVStore
     from patchkit.attention.store_layer import StoreLayer
+
+
+@dataclass(frozen=True)
+class ActiveCall:
+    """What a `generate()` call brings that transformers hands to nobody.
+
+    Attributes:
+        methods: The methods in force, by slot.
+        streamer: Receives tokens, or None.
+        tokenizer: The tokenizer of the call, or None.
+    """
+
+    methods: dict[str, Method]
+    streamer: Any = None
+    tokenizer: Any = None
 
 
 class Patch:
@@ -29,6 +47,8 @@ class Patch:
         configs: The model's own configuration copies, for `restore`.
         methods: Applied methods in order, each with the modules it acts on.
         skipped: Methods that found nothing to act on, with the reason (`strict=False`).
+        graphs: Recorded decoding steps.
+        host_loops: How many calls ran transformers' own decoding loop on a GPU, by reason.
     """
 
     def __init__(self, family: Family, backend: Backend) -> None:
@@ -38,7 +58,9 @@ class Patch:
         self.configs: list[OwnConfig] = []
         self.methods: list[tuple[Method, tuple[str, ...]]] = []
         self.skipped: list[tuple[Method, str]] = []
-        self._calls: list[dict[str, Method]] = []
+        self.graphs = GraphPool()
+        self.host_loops: Counter[str] = Counter()
+        self._calls: list[ActiveCall] = []
         self._store: weakref.ref[KVStore] | None = None
 
     def applied(self) -> dict[str, Method]:
@@ -47,12 +69,17 @@ class Patch:
 
     def active(self) -> dict[str, Method]:
         """Return the methods in force now, by slot: the current call's, else the applied ones."""
-        return self._calls[-1] if self._calls else self.applied()
+        return self.running.methods
+
+    @property
+    def running(self) -> ActiveCall:
+        """The `generate()` call that is running; an empty one outside of any."""
+        return self._calls[-1] if self._calls else ActiveCall(self.applied())
 
     @contextmanager
-    def call(self, methods: dict[str, Method]) -> Iterator[None]:
-        """Put `methods` in force for the duration of one `generate()` call; calls may nest."""
-        self._calls.append(methods)
+    def call(self, call: ActiveCall) -> Iterator[None]:
+        """Put a `generate()` call in force while it runs; calls may nest."""
+        self._calls.append(call)
         try:
             yield
         finally:

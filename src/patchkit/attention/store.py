@@ -18,6 +18,8 @@ empty. Attention masks are derived from it, never from the order of the slots.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +106,63 @@ class KVStore(Cache):
     def lengths(self) -> list[Tensor]:
         """Live tokens per layer, each `[B, H_kv]` int32 on the layer's device."""
         return [layer.length for layer in self.store_layers if layer.is_initialized]
+
+    # -- decoding at fixed addresses ---------------------------------------------------------
+
+    @property
+    def recordable(self) -> bool:
+        """Whether every layer is one of patchkit's, holds a prompt and may evict at once."""
+        return all(isinstance(layer, StoreLayer) and layer.recordable for layer in self.layers)
+
+    @property
+    def room(self) -> int:
+        """Tokens that every layer can take before its slots must grow."""
+        return min(layer.room for layer in self.store_layers)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What kernels are built for: shapes and dtype of each kind of layer."""
+        kinds = {(layer.keys.shape, layer.values.shape, layer.dtype) for layer in self.store_layers}
+        return tuple(sorted(kinds, key=str))
+
+    @contextmanager
+    def expecting(self, new_tokens: int) -> Iterator[None]:
+        """Leave room for `new_tokens` more than the passes inside the block need."""
+        self._forward.expected = new_tokens
+        try:
+            yield
+        finally:
+            self._forward.expected = 0
+
+    def reserve(self, new_tokens: int) -> None:
+        """Allocate slots for `new_tokens` more tokens; addresses may change."""
+        for layer in self.store_layers:
+            layer.reserve(new_tokens)
+
+    @contextmanager
+    def stepping(self, horizon: int, recording: bool = False) -> Iterator[None]:
+        """Make a forward of one token per row launch what each of `horizon` steps needs.
+
+        Args:
+            horizon: Steps to come, this one included.
+            recording: The launches are recorded, not run; `advance` accounts for every replay.
+        """
+        saved = [layer.counters() for layer in self.store_layers]
+        self._forward.horizon, self._forward.recording = horizon, recording
+        try:
+            yield
+        finally:
+            self._forward.horizon, self._forward.recording = 1, False
+            if recording:
+                for layer, counters in zip(self.store_layers, saved, strict=True):
+                    layer.__dict__.update(counters)
+
+    def advance(self) -> None:
+        """Account on the host for one replayed step."""
+        for layer in self.store_layers:
+            layer.advance()
+
+    # -- a forward pass ------------------------------------------------------------------------
 
     def begin(self, decoder: nn.Module, batch_size: int, new_tokens: int, mask: Any) -> None:
         """Open a forward pass of the model.

@@ -24,10 +24,22 @@ def _bucket(tokens: int) -> int:
 
 @dataclass
 class ForwardPass:
-    """What the layers of one store share during a forward pass."""
+    """What the layers of one store share during a forward pass.
+
+    Attributes:
+        step: Counts the passes.
+        mask: `[B, columns]` padding mask of this pass, or None.
+        expected: Tokens that will follow, for which the slots of this pass leave room.
+        horizon: Steps to come, this one included, that must launch the same kernels as this one.
+        recording: Whether launches are recorded for replay instead of run: what is handed out
+            must then have the shape of the whole allocation.
+    """
 
     step: int = 0
     mask: Tensor | None = None
+    expected: int = 0
+    horizon: int = 1
+    recording: bool = False
 
 
 class StoreLayer(CacheLayerMixin):
@@ -160,7 +172,8 @@ class StoreLayer(CacheLayerMixin):
             value_states: `[B, H_kv, T, Dv]`, likewise.
 
         Returns:
-            Views `[B, H_kv, filled, D]` and `[B, H_kv, filled, Dv]` of the slots, in slot order.
+            Views `[B, H_kv, filled, D]` and `[B, H_kv, filled, Dv]` of the slots, in slot order;
+            of all `capacity` slots while a step is recorded.
 
         Raises:
             CacheError: the model that runs is not patched, another attention function ran in
@@ -189,7 +202,9 @@ class StoreLayer(CacheLayerMixin):
             )
         new_tokens = key_states.shape[-2]
         self._step = self._forward.step
-        self._reserve(new_tokens)
+        if self.room < new_tokens:
+            bounded = self.policy is not None  # compaction follows, which makes room of its own
+            self._reserve(new_tokens if bounded else new_tokens + self._forward.expected)
         valid = self._valid(new_tokens)
         self.backend.run(
             "attention",
@@ -212,7 +227,8 @@ class StoreLayer(CacheLayerMixin):
             self.prompt_length += new_tokens if valid is None else valid.sum(-1, keepdim=True)
             self._prompt_bound += new_tokens
         self._open = new_tokens
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        shown = self.capacity if self._forward.recording else self.filled
+        return self.keys[:, :, :shown], self.values[:, :, :shown]
 
     def _valid(self, new_tokens: int) -> Tensor | None:
         mask = self._forward.mask
@@ -252,7 +268,7 @@ class StoreLayer(CacheLayerMixin):
             return
         if new_tokens > 1:
             self._set_budget()
-        if self.filled <= self._min_budget:
+        if self.filled - 1 + self._forward.horizon <= self._min_budget:
             return
         if self.record_past:
             self._overdue = True
@@ -260,6 +276,37 @@ class StoreLayer(CacheLayerMixin):
             self._evict_one()
         else:
             self._evict_many()
+
+    # -- replayed steps -----------------------------------------------------------------------
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the next step of one token can be recorded: nothing is open or deferred."""
+        return self.is_initialized and not (self._open or self._overdue or self.record_past)
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit before the slots must grow."""
+        return self.capacity - self.filled
+
+    def reserve(self, new_tokens: int) -> None:
+        """Allocate slots for `new_tokens` more, or as many as the budget lets live at a time."""
+        if self.policy is not None:
+            new_tokens = min(new_tokens, max(1, self._max_budget + 1 - self.filled))
+        self._reserve(new_tokens)
+
+    def counters(self) -> dict[str, Any]:
+        """Return the host's side of the bookkeeping, which a recorded step must not move."""
+        names = ("columns", "filled", "rollback", "_step", "_open")
+        return {name: getattr(self, name) for name in names}
+
+    def advance(self) -> None:
+        """Account on the host for one replayed step of one token."""
+        self.columns += 1
+        self.filled += 1
+        self.rollback += 1
+        if self.policy is not None:
+            self._note_eviction()
 
     # -- eviction ---------------------------------------------------------------------------
 
@@ -298,8 +345,12 @@ class StoreLayer(CacheLayerMixin):
             score=self.policy.score(self),
             num_protected=self.policy.num_sink_tokens,
         )
-        self.filled = min(self.filled, self._max_budget)
-        self.rollback = 0
+        self._note_eviction()
+
+    def _note_eviction(self) -> None:
+        if self.filled > self._min_budget:
+            self.filled = min(self.filled, self._max_budget)
+            self.rollback = 0
 
     def _evict_many(self) -> None:
         """Keep the best `budget` tokens of every head and move them into slots of that size."""
