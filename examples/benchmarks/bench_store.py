@@ -19,7 +19,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from harness import copy_rate, device_name, record, time_graph_us, time_ms
-from transformers import AutoModelForCausalLM, LlamaConfig
+from models import load
 
 import patchkit
 from patchkit import Window, demo
@@ -162,26 +162,6 @@ def wave(batch_size: int, vocab: int) -> None:
 
     config = f"logit_wave B{batch_size} V{vocab}"
     record("kernels", config, "patchkit", "time", "us", time_graph_us(run, 16))
-
-
-def load(shape: str, device: str):
-    if shape == "smollm2":
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return demo.load(dtype=dtype, device=device)[0]
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=131072,
-        rope_theta=500000.0, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    model = model.to_empty(device=device).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    return model
 
 
 @torch.no_grad()

@@ -1,0 +1,29 @@
+"""Models that the benchmarks run: real SmolLM2, or a Llama-3.1-8B shape with random weights."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from patchkit import demo
+
+
+def load(shape: str, device: str) -> PreTrainedModel:
+    """Load `"smollm2"` (float32 on a CPU, else bfloat16) or build `"8b"` in bfloat16."""
+    if shape == "smollm2":
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return demo.load(dtype=dtype, device=device)[0]
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        rope_theta=500000.0, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    model = model.to_empty(device=device).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    return model
