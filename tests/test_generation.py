@@ -420,10 +420,10 @@ def test_addresses_stay_between_decoding_steps(model):
     store = KVStore(model)
     model(IDS, **with_cache(store))
     layer = store.layers[0]
-    before = {name: t.data_ptr() for name, t in layer._tensors().items()}
+    before = {name: t.data_ptr() for name, t in layer.tensors().items()}
     for token in range(100):
         model(IDS[:, :1] + token % 7, **with_cache(store))
-    assert {name: t.data_ptr() for name, t in layer._tensors().items()} == before
+    assert {name: t.data_ptr() for name, t in layer.tensors().items()} == before
     assert layer.capacity == 256
     for _ in range(160):
         model(IDS[:, :1], **with_cache(store))

@@ -13,6 +13,7 @@ report says why.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,13 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig,
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from patchkit.attention.store import KVStore
+from patchkit.attention.store_layer import BUCKET
 from patchkit.compat import CACHE_KEYWORD
 from patchkit.step_graph import RESERVE, StepGraph
 from patchkit.token_choice import TokenChoice
 
 if TYPE_CHECKING:
+    from patchkit.method import Method
     from patchkit.patch import Patch
 
 logger = logging.getLogger("patchkit")
@@ -40,6 +43,7 @@ RUN_AHEAD = 3
 """Steps that the host queues before it looks whether an earlier one finished every row."""
 
 _DEVICES = ("cuda",)
+_PARKED_SHARE = 0.1  # of the device memory, at most, stays allocated between calls
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _PER_TOKEN = frozenset({"input_ids", "position_ids", "attention_mask", CACHE_KEYWORD})
 
@@ -94,7 +98,9 @@ def decode(
         return loop(model, input_ids, *lists, generation_config, streamer=streamer, **model_kwargs)
     store: KVStore = model_kwargs[CACHE_KEYWORD]
     limit = stopping_criteria.max_length
-    choice = TokenChoice(input_ids, limit, logits_processor, stopping_criteria, generation_config)
+    step = _step(model, patch, store, input_ids.shape[0], limit)
+    choice = step.choice
+    choice.begin(input_ids, logits_processor, stopping_criteria, generation_config)
     prompt_length, remaining = choice.length, limit - choice.length
     returned = generation_config.return_dict_in_generate
     history = _History(choice, generation_config)
@@ -109,14 +115,15 @@ def decode(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits[:, -1].to(torch.float32, copy=True)
     del outputs
-    choice.choose(logits, history.scores)
+    choice.choose(logits)
     history.add(logits)
     choice.advance()
     outbox.push()
     remaining -= 1
 
     if remaining and not outbox.finished(run_ahead):
-        step = _first_step(model, patch, store, choice, history, model_kwargs)
+        inputs = _inputs_of_a_step(model, store, choice, model_kwargs)
+        step.begin(inputs, inputs.pop("position_ids"))
         with model._optimize_model_for_decode():
             while remaining:
                 step.run(remaining)
@@ -130,6 +137,8 @@ def decode(
     if kept:
         store.crop(new_tokens - (choice.length - prompt_length))
     sequences = choice.sequences(prompt_length + new_tokens)
+    if not kept and store.nbytes <= _parking_bytes(store):
+        patch.graphs.parked = step
     if not returned:
         return sequences
     return GenerateDecoderOnlyOutput(
@@ -137,24 +146,44 @@ def decode(
     )
 
 
-def _first_step(
-    model: PreTrainedModel,
-    patch: Patch,
-    store: KVStore,
-    choice: TokenChoice,
-    history: _History,
-    model_kwargs: dict[str, Any],
+def take_parked(patch: Patch, eviction: Method | None) -> KVStore | None:
+    """Return the emptied store of the latest call, if the same methods made it, else None."""
+    step = patch.graphs.parked
+    if step is None or step.store.eviction != eviction:
+        patch.graphs.parked = None
+        return None
+    step.store.restart()
+    return step.store
+
+
+def _step(
+    model: PreTrainedModel, patch: Patch, store: KVStore, batch_size: int, limit: int
 ) -> StepGraph:
+    """Return the parked step that belongs to `store`, or a new one; nothing stays parked."""
+    parked, patch.graphs.parked = patch.graphs.parked, None
+    if parked is not None and parked.store is store:
+        rows, width = parked.choice.ids.shape
+        if rows == batch_size and width >= limit:
+            return parked
+    choice = TokenChoice(batch_size, math.ceil(limit / BUCKET) * BUCKET, model.device)
+    return StepGraph(model, store, choice, patch.graphs)
+
+
+def _parking_bytes(store: KVStore) -> int:
+    device = store.store_layers[0].device
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory * _PARKED_SHARE)
+
+
+def _inputs_of_a_step(
+    model: PreTrainedModel, store: KVStore, choice: TokenChoice, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
     ids = choice.ids[:, : choice.length]
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
-    position = inputs["position_ids"].clone()
     # Every token from here on is real, and the store knows about the padding of the prompt.
-    rest = {name: value for name, value in inputs.items() if name not in _PER_TOKEN}
-    rest[CACHE_KEYWORD] = store
-    return StepGraph(
-        model, store, rest, choice.token, position,
-        lambda logits: choice.choose(logits, history.scores), choice.capturable, patch.graphs,
-    )  # fmt: skip
+    names = inputs.keys() - _PER_TOKEN | {"position_ids"}
+    return {name: inputs[name] for name in sorted(names)} | {CACHE_KEYWORD: store}
 
 
 def _obstacle(
@@ -189,6 +218,8 @@ def _obstacle(
         return "autocast is on"
     if model.training:
         return "the model is in training mode"
+    if model.device.type == "cuda" and patch.backend.choose(model.device) != "triton":
+        return "the reference backend reads lengths on the host"
     return _module_obstacle(model, patch)
 
 
@@ -217,24 +248,21 @@ class _History:
 
     def __init__(self, choice: TokenChoice, config: GenerationConfig) -> None:
         returned = config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if returned and config.output_scores else None
+        choice.history = () if returned and config.output_scores else None
         self._logits: tuple[Tensor, ...] | None = () if returned and config.output_logits else None
         self._choice = choice
 
     def add(self, logits: Tensor) -> None:
         """Keep copies of what the newest token was chosen from."""
-        if self.scores is not None:
-            assert self._choice.scores is not None
-            self.scores += (self._choice.scores.clone(),)
+        if self._choice.history is not None:
+            self._choice.history += (self._choice.scores.clone(),)
         if self._logits is not None:
             self._logits += (logits.clone(),)
 
     def cut(self, steps: int) -> dict[str, tuple[Tensor, ...] | None]:
         """Return the first `steps` entries under the names of transformers' output."""
-        return {
-            "scores": None if self.scores is None else self.scores[:steps],
-            "logits": None if self._logits is None else self._logits[:steps],
-        }
+        held = {"scores": self._choice.history, "logits": self._logits}
+        return {name: None if kept is None else kept[:steps] for name, kept in held.items()}
 
 
 class _Outbox:

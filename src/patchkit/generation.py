@@ -95,7 +95,7 @@ def prepare_cache_for_generation(
     original = patch.journal.original(self, "_prepare_cache_for_generation")
     original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     if given is None and type(model_kwargs.get(CACHE_KEYWORD)) is DynamicCache:
-        store = KVStore(self)
+        store = engine.take_parked(patch, patch.active().get("kv_eviction")) or KVStore(self)
         if generation_config.is_assistant:
             store.activate_past_recording()
         model_kwargs[CACHE_KEYWORD] = store

@@ -43,6 +43,10 @@ class PatchReport:
         attention_layers: Attention modules served, of how many cache layers.
         calls: Calls so far, as `{operation: {implementation: count}}`; implementations are `triton`
             (kernel launches), `reference` and `torch` (torch's own fused attention).
+        steps: Decoding steps so far on a GPU: `recorded` as a CUDA graph, `replayed`, and run
+            `eager`ly (kernel by kernel).
+        unrecorded: Why no step is recorded any more, or None.
+        host_loops: How many `generate()` calls on a GPU ran transformers' own loop, by reason.
         kv_bytes: Allocated bytes of the latest KV store, None if none is alive.
         kv_columns: Tokens that store has consumed, and the most it holds for any head.
         kv_stored: See `kv_columns`.
@@ -57,6 +61,9 @@ class PatchReport:
     methods: tuple[MethodStatus, ...] = ()
     attention_layers: tuple[int, int] = (0, 0)
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    unrecorded: str | None = None
+    host_loops: dict[str, int] = field(default_factory=dict)
     kv_bytes: int | None = None
     kv_columns: int | None = None
     kv_stored: int | None = None
@@ -83,6 +90,12 @@ class PatchReport:
         for operation, used in sorted(self.calls.items()):
             counts = ", ".join(f"{count} {name}" for name, count in sorted(used.items()))
             rows.append((operation, counts))
+        if any(self.steps.values()):
+            counts = ", ".join(f"{count} {name}" for name, count in self.steps.items())
+            why = f" ({self.unrecorded})" if self.unrecorded else ""
+            rows.append(("decoding", counts + why))
+        for reason, count in self.host_loops.items():
+            rows.append(("host loop", f"{count} calls: {reason}"))
         if self.kv_bytes is not None:
             rows.append(
                 (
@@ -129,6 +142,13 @@ def build_report(model: Any, patch: Patch | None) -> PatchReport:
         methods=tuple(statuses),
         attention_layers=(sum(layer.storable for layer in layers), len(layers)),
         calls=calls,
+        steps={
+            "recorded": patch.graphs.captures,
+            "replayed": patch.graphs.replays,
+            "eager": patch.graphs.eager,
+        },
+        unrecorded=patch.graphs.refused,
+        host_loops=dict(patch.host_loops),
         kv_bytes=None if store is None else store.nbytes,
         kv_columns=None if store is None else store.get_seq_length(),
         kv_stored=None

@@ -2,13 +2,14 @@
 
 What a user pays for a token at small batch sizes is the launching of a thousand kernels. The store
 keeps its addresses and reads its lengths on the device, so the unmodified forward of the model can
-be recorded once and replayed for every further token. It is recorded anew when the store grows.
+be recorded once and replayed for every further token. It is recorded anew when the store grows, and
+when anything the recording froze has changed since (`fingerprint`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -16,9 +17,40 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchkit.attention.store import KVStore
+from patchkit.token_choice import TokenChoice
 
 RESERVE = 1024
 """Most tokens for which slots are allocated ahead of a step."""
+
+_NOT_READ = frozenset({"_modules", "_patchkit"})
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def fingerprint(model: PreTrainedModel) -> Hashable:
+    """Describe everything of a model that a recorded forward has frozen.
+
+    That is the address and layout of every parameter and buffer, every plain attribute of every
+    module (training flags, adapter scales, a RoPE length regime), the values of the configuration,
+    and the identity of everything else (hooks, replaced forwards). Values of tensors are not part
+    of it: a replay reads them.
+    """
+    described: list[Hashable] = [_trace(vars(model.config.get_text_config(decoder=True)))]
+    for module in model.modules():
+        held = ((name, _trace(v)) for name, v in vars(module).items() if name not in _NOT_READ)
+        described.append((id(module), *held))
+    return tuple(described)
+
+
+def _trace(value: Any) -> Hashable:
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((str(key), _trace(entry)) for key, entry in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return tuple(map(_trace, value))
+    return id(value)
 
 
 class GraphPool:
@@ -29,14 +61,17 @@ class GraphPool:
         replays: Steps replayed so far.
         eager: Steps run kernel by kernel so far.
         refused: Why recording failed, if it did; no other attempt is made.
+        parked: The step of the latest call, whose store nobody holds, for the next call to take.
     """
 
     def __init__(self) -> None:
         self.captures = self.replays = self.eager = 0
         self.refused: str | None = None
-        self._handle: Any = None
+        self.parked: StepGraph | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._compiled: set[tuple[Any, ...]] = set()
+        self._handle: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
+        self._built: set[Hashable] = set()
 
     def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record what `step` launches, without running it.
@@ -45,114 +80,143 @@ class GraphPool:
             RuntimeError: something in `step` cannot be captured.
         """
         if self._stream is None:
-            self._handle = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+            self._handle = torch.cuda.graph_pool_handle()
+            # The pool lives as long as one of its graphs, and must outlive those that are replaced.
+            self._anchor = self._capture(self._stream, lambda: torch.zeros(1, device="cuda"))
+        graph = self._capture(self._stream, step)
+        self.captures += 1
+        return graph
+
+    def _capture(self, stream: torch.cuda.Stream, step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        random_state = torch.cuda.get_rng_state()
+        stream.wait_stream(current)
         # torch.cuda.graph would collect garbage and empty the allocator's cache first, which costs
         # more than the recording.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
                 step()
             except BaseException:
-                self._abandon(graph)
+                _abandon(graph, random_state)
+                self._stream = None
                 raise
             graph.capture_end()
-        current.wait_stream(self._stream)
-        self.captures += 1
+        current.wait_stream(stream)
         return graph
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        with contextlib.suppress(RuntimeError):  # invalidated; the error in flight says why
-            graph.capture_end()
-        self._handle = self._stream = None
-
-    def first_time(self, key: tuple[Any, ...]) -> bool:
+    def first_time(self, key: Hashable) -> bool:
         """Say once per key that kernels may have to be built, which recording does not allow."""
-        known = key in self._compiled
-        self._compiled.add(key)
+        known = key in self._built
+        self._built.add(key)
         return not known
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphPool:
         return GraphPool()
 
 
+def _abandon(graph: torch.cuda.CUDAGraph, random_state: Tensor) -> None:
+    """End an invalid capture and give torch a generator that does not believe in it any more."""
+    with contextlib.suppress(RuntimeError):  # the error in flight says why
+        graph.capture_end()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    fresh = torch.Generator(generator.device)
+    fresh.set_state(random_state)
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
 class StepGraph:
-    """Runs the model for one token per row, then `tail` on its logits, at fixed addresses.
+    """Runs the model for one token per row and chooses the next, at fixed addresses.
 
     Args:
         model: The patched model.
-        store: Its cache, holding the prompt.
-        inputs: What `forward` takes besides token and position.
-        token: `[B, 1]` int64, read by every step; the tail writes the next one.
-        position: `[..., B, 1]` int64, position of the next token; every step adds one.
-        tail: Called with the logits `[B, V]` float32 of a step.
-        tail_in_graph: Whether the tail may be recorded.
+        store: Its cache.
+        choice: Chooses tokens; its `token` is the input of every step.
         pool: Shared by the graphs of the model.
+
+    Attributes:
+        logits: `[B, V]` float32 of the latest step.
     """
 
+    logits: Tensor
+
     def __init__(
-        self,
-        model: PreTrainedModel,
-        store: KVStore,
-        inputs: dict[str, Any],
-        token: Tensor,
-        position: Tensor,
-        tail: Callable[[Tensor], None],
-        tail_in_graph: bool,
-        pool: GraphPool,
+        self, model: PreTrainedModel, store: KVStore, choice: TokenChoice, pool: GraphPool
     ) -> None:
-        self._model, self._store, self._pool = model, store, pool
-        self._inputs = {**inputs, "input_ids": token, "position_ids": position}
-        self._position, self._tail, self._tail_in_graph = position, tail, tail_in_graph
+        self.store, self.choice = store, choice
+        self._model, self._pool = model, pool
+        self._inputs: dict[str, Any] = {}
+        self._position: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor = torch.empty(0)
+        self._recorded: Hashable = None
+
+    def begin(self, inputs: dict[str, Any], position: Tensor) -> None:
+        """Set out from a prompt that the store holds.
+
+        Args:
+            inputs: What `forward` takes besides token and position.
+            position: `[..., B, 1]` int64, of the next token; every step adds one.
+        """
+        if self._position is None or self._position.shape != position.shape:
+            self._position, self._graph = position.clone(), None
+        self._position.copy_(position)
+        self._inputs = {**inputs, "input_ids": self.choice.token, "position_ids": self._position}
+        if self._graph is not None and self._recorded != self._frozen():
+            self._graph = None
 
     def run(self, remaining: int) -> None:
-        """Advance the store by one token per row and leave the logits in `logits`.
+        """Advance the store by one token per row and choose the next.
 
         Args:
             remaining: Steps to come, this one included.
         """
-        if self._store.room < 1:
-            self._store.reserve(min(remaining, RESERVE))
+        pool, store = self._pool, self.store
+        if store.room < 1:
+            store.reserve(min(remaining, RESERVE))
             self._graph = None
         if self._graph is None:
             self._graph = self._record(remaining)
         if self._graph is not None:
             self._graph.replay()
-            self._store.advance()
-            self._pool.replays += 1
-            if self._tail_in_graph:
+            store.advance()
+            pool.replays += 1
+            if self.choice.capturable:
                 return
         else:
-            with self._store.stepping(remaining):
+            with store.stepping(remaining):
                 self._forward()
-            self._pool.eager += 1
-        self._tail(self.logits)
+            pool.eager += 1
+        self.choice.choose(self.logits)
 
     def _forward(self) -> None:
         outputs = self._model(**self._inputs, return_dict=True)
         self.logits = outputs.logits[:, -1].to(torch.float32, copy=True)
+        assert self._position is not None
         self._position += 1
 
     def _record(self, remaining: int) -> torch.cuda.CUDAGraph | None:
-        pool, store = self._pool, self._store
-        if pool.refused is not None or not self._position.is_cuda:
+        pool, store = self._pool, self.store
+        if pool.refused is not None or not self.choice.token.is_cuda:
             return None
-        if pool.first_time((store.layout, self._tail_in_graph)):
+        if pool.first_time((store.layout, self.choice.capturable)):
             return None
 
         def step() -> None:
             self._forward()
-            if self._tail_in_graph:
-                self._tail(self.logits)
+            if self.choice.capturable:
+                self.choice.choose(self.logits)
 
         try:
             with store.stepping(remaining, recording=True):
-                return pool.record(step)
+                graph = pool.record(step)
         except RuntimeError as error:
             pool.refused = str(error).splitlines()[0]
             return None
+        self._recorded = self._frozen()
+        return graph
+
+    def _frozen(self) -> Hashable:
+        inputs = {name: value for name, value in self._inputs.items() if value is not self.store}
+        recipe = self.choice.recipe if self.choice.capturable else None
+        return fingerprint(self._model), self.store.addresses, recipe, _trace(inputs)

@@ -7,11 +7,14 @@ it gives without patchkit, but nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
     LogitNormalization,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     MinPLogitsWarper,
@@ -48,51 +51,74 @@ def draw(scores: Tensor) -> Tensor:
 class TokenChoice:
     """The ids generated so far, which rows are finished, and the rule for the next token.
 
+    Everything a recorded `choose` touches keeps its address from one call to the next.
+
     Args:
-        input_ids: `[B, P]` int64 prompt, on the device of the logits.
-        limit: Length at which every row stops.
-        processors: What transformers prepared for this call.
-        criteria: Likewise.
-        config: The prepared generation configuration.
+        batch_size: Rows.
+        width: Tokens per row that there is room for, prompt included.
+        device: Of the logits.
 
     Attributes:
-        ids: `[B, limit]` int64; the first `length` columns are valid.
+        ids: `[B, width]` int64; the first `length` columns are valid.
         length: Prompt plus chosen tokens.
-        token: `[B, 1]` int64, the newest token of every row, at a fixed address.
-        alive: `[1]` bool, whether any row is unfinished, at a fixed address.
-        watches: Whether anything but the length limit can finish a row.
+        token: `[B, 1]` int64, the newest token of every row.
+        alive: `[1]` bool, whether any row is unfinished.
+        watches: Whether anything but the length can finish a row.
         scores: `[B, V]` float32, what the newest token was chosen from.
+        history: Scores of earlier steps, if they are kept, for criteria that ask for them.
     """
 
-    def __init__(
+    scores: Tensor
+
+    def __init__(self, batch_size: int, width: int, device: torch.device) -> None:
+        flags = {"dtype": torch.bool, "device": device}
+        self.ids = torch.zeros(batch_size, width, dtype=torch.int64, device=device)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.alive = torch.ones(1, **flags)
+        self._unfinished = torch.ones(batch_size, **flags)
+        self._column = torch.zeros(1, dtype=torch.int64, device=device)
+        self._ends: Tensor | None = None
+        self._pad: Tensor | None = None
+
+    def begin(
         self,
         input_ids: Tensor,
-        limit: int,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> None:
-        batch_size, self.length = input_ids.shape
-        self.ids = input_ids.new_zeros(batch_size, limit)
+        """Set out from a prompt.
+
+        Args:
+            input_ids: `[B, P]` int64.
+            processors: What transformers prepared for this call.
+            criteria: Likewise.
+            config: The prepared generation configuration.
+        """
+        self.length = input_ids.shape[1]
         self.ids[:, : self.length] = input_ids
-        self.token = input_ids.new_zeros(batch_size, 1)
-        self._column = torch.full((1,), self.length, device=input_ids.device)
-        self._unfinished = torch.ones(batch_size, dtype=torch.bool, device=input_ids.device)
-        self.alive = torch.ones(1, dtype=torch.bool, device=input_ids.device)
-        self.scores: Tensor | None = None
+        self._column.fill_(self.length)
+        self._unfinished.fill_(True)
+        self.alive.fill_(True)
+        self.history: tuple[Tensor, ...] | None = None
         self._processors = processors
-        self._sampling = config.do_sample
+        self._sampling = bool(config.do_sample)
         self._criteria = StoppingCriteriaList(
             c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
         )
-        self._ends: Tensor | None = None
-        self._pad: Tensor | None = None
+        ends = pad = None
         for criterion in criteria:
             if hasattr(criterion, "eos_token_id"):
-                self._pad = config._pad_token_tensor.to(input_ids.device)
+                pad = config._pad_token_tensor
             if type(criterion) is EosTokenCriteria:
-                self._ends = criterion.eos_token_id.to(input_ids.device).view(1, -1)
-        self.watches = self._ends is not None or bool(self._criteria)
+                ends = criterion.eos_token_id.view(1, -1)
+        self._ends, self._pad = self._place(self._ends, ends), self._place(self._pad, pad)
+        self.watches = ends is not None or bool(self._criteria)
+
+    def _place(self, held: Tensor | None, value: Tensor | None) -> Tensor | None:
+        if value is None or held is None or held.shape != value.shape:
+            return None if value is None else value.to(self.ids.device, copy=True)
+        return held.copy_(value)
 
     @property
     def capturable(self) -> bool:
@@ -100,15 +126,21 @@ class TokenChoice:
         plain = all(type(processor) in _FUNCTIONS_OF_SCORES for processor in self._processors)
         return plain and not self._criteria
 
-    def choose(self, logits: Tensor, scores: tuple[Tensor, ...] | None = None) -> None:
+    @property
+    def recipe(self) -> Hashable:
+        """What a recording of `choose` has frozen, besides addresses that never change."""
+        held = (self._ends, self._pad)
+        addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in held)
+        return addresses, self._sampling, tuple(map(_settings, self._processors))
+
+    def choose(self, logits: Tensor) -> None:
         """Write the next token of every row to `token` and `ids`, and refresh `alive`.
 
         Only device operations, unless a custom processor or criterion brings others. The caller
-        counts `length` with `advance`, since a captured `choose` runs no Python.
+        counts `length` with `advance`, since a recorded `choose` runs no Python.
 
         Args:
-            logits: `[B, V]` float32, not modified.
-            scores: What criteria expect as `scores`, the newest entry left out.
+            logits: `[B, V]` float32.
         """
         if self._processors:
             logits = self._processors(self.ids[:, : self.length].contiguous(), logits)
@@ -122,8 +154,8 @@ class TokenChoice:
         if self._ends is not None:
             self._unfinished &= (self.token != self._ends).all(-1)
         if self._criteria:
-            given = None if scores is None else (*scores, self.scores)
-            done = self._criteria(self.ids[:, : self.length + 1].contiguous(), given)
+            scores = None if self.history is None else (*self.history, logits)
+            done = self._criteria(self.ids[:, : self.length + 1].contiguous(), scores)
             self._unfinished &= ~done.to(self._unfinished.device)
         if self.watches:
             self.alive.copy_(self._unfinished.any())
@@ -135,3 +167,11 @@ class TokenChoice:
     def sequences(self, length: int) -> Tensor:
         """Return the first `length` columns, prompt included, `[B, length]` int64."""
         return self.ids[:, :length].clone()
+
+
+def _settings(processor: LogitsProcessor) -> Hashable:
+    """Describe a processor: its type and fields, tensors by their address."""
+    fields = sorted(vars(processor).items())
+    return type(processor), tuple(
+        (name, value.data_ptr() if isinstance(value, Tensor) else value) for name, value in fields
+    )

@@ -125,6 +125,18 @@ class KVStore(Cache):
         kinds = {(layer.keys.shape, layer.values.shape, layer.dtype) for layer in self.store_layers}
         return tuple(sorted(kinds, key=str))
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors of all layers lie."""
+        return tuple(
+            tensor.data_ptr() for layer in self.store_layers for tensor in layer.tensors().values()
+        )
+
+    def restart(self) -> None:
+        """Drop every token but keep the slots for a prompt of the same batch size."""
+        for layer in self.store_layers:
+            layer.restart()
+
     @contextmanager
     def expecting(self, new_tokens: int) -> Iterator[None]:
         """Leave room for `new_tokens` more than the passes inside the block need."""

@@ -99,6 +99,13 @@ class StoreLayer(CacheLayerMixin):
         self._step = self._forward.step
         self._open = 0  # tokens appended but not yet committed
         self._overdue = False  # an eviction was deferred for `crop`
+        self._spare: dict[str, Tensor] | None = None
+
+    def restart(self) -> None:
+        """Drop every token, but keep the slots for a first chunk that fits them."""
+        spare = self.tensors() if self.is_initialized else None
+        self.reset()
+        self._spare = spare
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, heads, dtype and device from the first chunk `[B, H_kv, T, D]`."""
@@ -106,6 +113,10 @@ class StoreLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         if torch.is_autocast_enabled(self.device.type):  # RoPE leaves it for float32
             self.dtype = torch.get_autocast_dtype(self.device.type)
+        self._prompt_bound = 0
+        self.is_initialized = True
+        if self._adopt_spare(key_states.shape, value_states.shape):
+            return
         slots = {"dtype": self.dtype, "device": self.device}
         self.keys = torch.zeros(batch_size, num_kv_heads, 0, key_states.shape[-1], **slots)
         self.values = torch.zeros(batch_size, num_kv_heads, 0, value_states.shape[-1], **slots)
@@ -114,9 +125,24 @@ class StoreLayer(CacheLayerMixin):
         self.length = torch.zeros(batch_size, num_kv_heads, **counters)
         self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
         self.prompt_length = torch.zeros(batch_size, 1, **counters)
-        self._prompt_bound = 0
-        self.is_initialized = True
         self._set_budget()
+
+    def _adopt_spare(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
+        """Take the tensors that `restart` kept, where they suit the first chunk and no policy."""
+        spare, self._spare = self._spare, None
+        if spare is None or self.policy is not None:
+            return False
+        for held, shape in ((spare["keys"], key_shape), (spare["values"], value_shape)):
+            alike = held.shape[:2] == shape[:2] and held.shape[3] == shape[3]
+            if not alike or held.dtype != self.dtype or held.device != self.device:
+                return False
+        self.__dict__.update(spare)
+        self.budget = None
+        self.capacity = self.keys.shape[2]
+        self.position.fill_(-1)
+        for counter in (self.length, self.seen, self.prompt_length):
+            counter.zero_()
+        return True
 
     @property
     def batch_size(self) -> int:
@@ -132,9 +158,10 @@ class StoreLayer(CacheLayerMixin):
         """Allocated bytes of keys, values and slot bookkeeping."""
         if not self.is_initialized:
             return 0
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors().values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the layer by its name."""
         names = ("keys", "values", "position", "length", "seen", "prompt_length", "budget")
         held = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -448,19 +475,19 @@ class StoreLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows in place (beam search)."""
         if self.is_initialized:
-            for tensor in self._tensors().values():
+            for tensor in self.tensors().values():
                 tensor.copy_(tensor.index_select(0, beam_idx.to(self.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.is_initialized:
-            for name, tensor in self._tensors().items():
+            for name, tensor in self.tensors().items():
                 setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows only."""
         if self.is_initialized:
-            for name, tensor in self._tensors().items():
+            for name, tensor in self.tensors().items():
                 setattr(self, name, tensor[indices.to(self.device)])
 
     def offload(self) -> None:

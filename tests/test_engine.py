@@ -1,0 +1,354 @@
+"""The decoding loop against transformers' own; on the CPU its steps are never recorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import patchkit
+from patchkit import KVStore, Window, engine
+from patchkit.testing import left_padded_batch, tiny_model, tiny_tokenizer
+from patchkit.token_choice import draw
+
+from .helpers import with_cache
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = 97
+
+
+@pytest.fixture(autouse=True)
+def served_devices(monkeypatch):
+    """Let the loop serve the CPU too, where a user gets transformers' own, and reuse its store."""
+    monkeypatch.setattr(engine, "_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(engine, "_parking_bytes", lambda store: 1 << 30)
+
+
+def build(**overrides):
+    return tiny_model("llama", **overrides).to(DEVICE)
+
+
+def batch_of(lengths=(9, 4, 7)):
+    batch = left_padded_batch(VOCAB, list(lengths))
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def both(model, *methods, **kwargs):
+    """Generate without and with patchkit, from the same seed."""
+    outputs = []
+    for patched in (False, True):
+        torch.manual_seed(7)
+        if patched:
+            patchkit.apply(model, *methods)
+        outputs.append(
+            model.generate(
+                **{"max_new_tokens": 24, "pad_token_id": 0, "return_dict_in_generate": True}
+                | kwargs
+            )
+        )
+    report = patchkit.report(model)
+    assert sum(report.steps.values()) > 0 and not report.host_loops
+    patchkit.restore(model)
+    return outputs
+
+
+class Words(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.seen.append(value.clone())
+
+    def end(self):
+        self.ended = True
+
+
+# -- choosing tokens -------------------------------------------------------------------------
+
+CHOICES = {
+    "greedy": {"do_sample": False},
+    "sample": {"do_sample": True},
+    "temperature": {"do_sample": True, "temperature": 0.4},
+    "top-k": {"do_sample": True, "top_k": 5},
+    "top-p": {"do_sample": True, "top_p": 0.6, "temperature": 1.5},
+    "min-p": {"do_sample": True, "min_p": 0.2},
+    "typical-p": {"do_sample": True, "typical_p": 0.5},
+    "repetition": {"do_sample": False, "repetition_penalty": 1.7},
+    "n-gram": {"do_sample": False, "no_repeat_ngram_size": 2},
+    "bad words": {"do_sample": False, "bad_words_ids": [[5], [3, 9], [40, 41]]},
+    "suppress": {"do_sample": True, "suppress_tokens": [1, 2, 3, 5, 8]},
+    "min length": {"do_sample": True, "min_new_tokens": 12, "eos_token_id": [5, 6, 7, 8, 9]},
+    "bias": {"do_sample": False, "sequence_bias": {(5,): -9.0, (3, 9): 4.0}},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_tokens_scores_and_logits_are_those_of_transformers(choice):
+    options = CHOICES[choice] | {"output_scores": True, "output_logits": True}
+    plain, ours = both(build(), **batch_of(), **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert len(ours.logits) == len(ours.scores) == len(plain.logits)
+    for name in ("scores", "logits"):
+        for got, want in zip(ours[name], plain[name], strict=True):
+            torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+def test_num_return_sequences():
+    plain, ours = both(build(), **batch_of((6, 9)), do_sample=True, num_return_sequences=3)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert len({tuple(row.tolist()) for row in ours.sequences[:3]}) == 3
+
+
+def test_seeds_are_reproducible_and_matter():
+    model = patchkit.apply(build())
+    rows = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        rows.append(model.generate(**batch_of(), do_sample=True, max_new_tokens=16))
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
+def chi_square(counts, probabilities):
+    expected = counts.sum() * probabilities
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def test_draws_follow_the_softmax():
+    scores = torch.tensor([1.5, 0.0, -0.5, 0.7, 0.1, -1.0], device=DEVICE)
+    torch.manual_seed(0)
+    drawn = draw(scores.expand(60_000, -1)).bincount(minlength=6).double().cpu()
+    probabilities = scores.double().softmax(-1).cpu()
+    # 5 degrees of freedom: exceeded once in a thousand times.
+    assert chi_square(drawn, probabilities) < 20.5
+    wrong = (scores * 1.05).double().softmax(-1).cpu()
+    assert chi_square(drawn, wrong) > 20.5
+
+
+def test_a_custom_processor_sees_the_ids_so_far():
+    class Recorder(LogitsProcessor):
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, input_ids, scores):
+            self.seen.append(input_ids.clone())
+            return scores.masked_fill(scores > scores.topk(3).values[:, -1:], float("-inf"))
+
+    recorders = [Recorder(), Recorder()]
+    model, outputs = build(), []
+    for recorder in recorders:
+        processors = LogitsProcessorList([recorder])
+        outputs.append(model.generate(**batch_of(), logits_processor=processors, max_new_tokens=9))
+        patchkit.apply(model) if not patchkit.report(model).patched else None
+    assert torch.equal(*outputs)
+    assert len(recorders[0].seen) == len(recorders[1].seen) == 9
+    for want, got in zip(recorders[0].seen, recorders[1].seen, strict=True):
+        assert torch.equal(want, got)
+
+
+# -- stopping --------------------------------------------------------------------------------
+
+
+def tokens_that_end(model, count):
+    """Pick end tokens such that the rows of the batch finish at different steps."""
+    plain = model.generate(**batch_of(), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    rows = plain[:, 9:].tolist()
+    return [row[5 + 4 * index] for index, row in enumerate(rows[:count])]
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 3, 50])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_shows_past_the_end_of_all_rows(monkeypatch, run_ahead, rows):
+    monkeypatch.setattr(engine, "RUN_AHEAD", run_ahead)
+    model = build()
+    ends = tokens_that_end(model, 3)
+    streamed = Words(), Words()
+    inputs = batch_of() if rows == 3 else {"input_ids": batch_of()["input_ids"][:1]}
+    options = {"do_sample": False, "eos_token_id": ends, "max_new_tokens": 60, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    plain = model.generate(**inputs, **options, streamer=streamed[0])
+    patchkit.apply(model)
+    ours = model.generate(**inputs, **options, streamer=streamed[1])
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert plain.sequences.shape[1] < 60, "the rows should have ended early"
+    assert len(ours.scores) == len(plain.scores)
+    assert streamed[1].ended
+    assert len(streamed[0].seen) == len(streamed[1].seen)
+    for want, got in zip(streamed[0].seen, streamed[1].seen, strict=True):
+        assert torch.equal(want, got) and want.device == got.device
+    store = ours.past_key_values
+    assert isinstance(store, KVStore)
+    assert store.get_seq_length() == plain.past_key_values.get_seq_length()
+    more = torch.cat([ours.sequences, ours.sequences[:, :4]], dim=1)
+    mask = torch.ones_like(more)
+    if rows == 3:
+        mask[:, :9] = inputs["attention_mask"]
+    again = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    second = model.generate(more, **with_cache(store), **again)
+    patchkit.restore(model)
+    want = model.generate(more, **with_cache(plain.past_key_values), **again)
+    assert torch.equal(second, want)
+
+
+def test_rows_that_ended_are_padded():
+    model = build()
+    ends = tokens_that_end(model, 1)
+    plain, ours = both(model, **batch_of(), do_sample=False, eos_token_id=ends)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert (ours.sequences[:, 9:] == 0).any()
+
+
+def test_an_evicting_store_that_is_returned_ends_with_the_answer():
+    model = build()
+    ends = tokens_that_end(model, 3)
+    patchkit.apply(model, Window(budget=6, num_sink_tokens=2))
+    options = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": ends}
+    out = model.generate(**batch_of(), **options, return_dict_in_generate=True)
+    store = out.past_key_values
+    assert store.get_seq_length() == out.sequences.shape[1] - 1
+    newest = max(int(layer.position.max()) for layer in store.store_layers)
+    assert newest == out.sequences.shape[1] - 2
+
+
+def test_stop_strings_and_max_time_and_custom_criteria():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).to(DEVICE)
+    ids = torch.tensor([[3, 4, 5, 6, 7]], device=DEVICE)
+    plain = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    word = tokenizer.decode(plain[0, 14])
+    options = {"do_sample": False, "pad_token_id": 0, "stop_strings": [word]}
+    options |= {"tokenizer": tokenizer, "max_new_tokens": 24, "input_ids": ids}
+    stopped, ours = both(model, **options)
+    assert torch.equal(ours.sequences, stopped.sequences)
+    assert stopped.sequences.shape[1] < plain.shape[1]
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            done = input_ids.shape[1] >= 12
+            return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+
+    options = {"input_ids": ids, "stopping_criteria": StoppingCriteriaList([After()])}
+    stopped, ours = both(model, do_sample=False, **options)
+    assert torch.equal(ours.sequences, stopped.sequences)
+    assert ours.sequences.shape[1] == 12
+
+    patchkit.apply(model)
+    out = model.generate(ids, max_new_tokens=400, max_time=0.0, do_sample=False)
+    assert out.shape[1] == 6
+
+
+def test_a_streamer_that_fails_leaves_the_model_usable():
+    class Broken(Words):
+        def put(self, value):
+            super().put(value)
+            if len(self.seen) == 4:
+                raise OSError("the pipe is closed")
+
+    model = patchkit.apply(build())
+    want = model.generate(**batch_of(), do_sample=False, max_new_tokens=12)
+    with pytest.raises(OSError, match="pipe"):
+        model.generate(**batch_of(), do_sample=False, max_new_tokens=12, streamer=Broken())
+    assert torch.equal(model.generate(**batch_of(), do_sample=False, max_new_tokens=12), want)
+
+
+# -- calls in a row ----------------------------------------------------------------------------
+
+
+def test_one_token_and_long_runs_over_several_buckets():
+    model = patchkit.apply(build())
+    assert model.generate(**batch_of(), max_new_tokens=1).shape[1] == 10
+    assert not any(patchkit.report(model).steps.values())
+    for new_tokens in (2, 300):
+        plain, ours = both(build(), **batch_of(), do_sample=False, max_new_tokens=new_tokens)
+        assert torch.equal(ours.sequences, plain.sequences)
+
+
+def test_calls_of_changing_shapes_in_a_row():
+    model = build()
+    calls = [((9, 4, 7), 12), ((9, 4, 7), 40), ((5,), 9), ((30, 31), 300), ((9, 4, 7), 12)]
+    want = [model.generate(**batch_of(b), max_new_tokens=n, do_sample=False) for b, n in calls]
+    patchkit.apply(model)
+    for (lengths, new_tokens), expected in zip(calls, want, strict=True):
+        got = model.generate(**batch_of(lengths), max_new_tokens=new_tokens, do_sample=False)
+        assert torch.equal(got, expected)
+
+
+def test_an_answer_does_not_change_with_the_next_call():
+    model = patchkit.apply(build())
+    first = model.generate(**batch_of(), max_new_tokens=8, do_sample=False)
+    kept = first.clone()
+    store = model.generate(
+        **batch_of(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True
+    ).past_key_values
+    keys = [layer.keys.clone() for layer in store.store_layers]
+    model.generate(**batch_of((5, 6, 9)), max_new_tokens=30, do_sample=False)
+    assert torch.equal(first, kept)
+    for layer, before in zip(store.store_layers, keys, strict=True):
+        assert torch.equal(layer.keys, before)
+
+
+# -- what it does not serve --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
+        ({"use_cache": False}, "use_cache=False"),
+    ],
+)
+def test_host_loops_are_reported(options, reason):
+    model = build()
+    want = model.generate(**batch_of(), max_new_tokens=8, do_sample=False, **options)
+    patchkit.apply(model)
+    got = model.generate(**batch_of(), max_new_tokens=8, do_sample=False, **options)
+    sequences = [out if isinstance(out, torch.Tensor) else out.sequences for out in (want, got)]
+    assert torch.equal(*sequences)
+    loops = patchkit.report(model).host_loops
+    assert len(loops) == 1 and reason in next(iter(loops))
+    assert reason in str(patchkit.report(model))
+
+
+def test_hooks_run_at_every_step_and_streamers_still_work():
+    model = patchkit.apply(build())
+    calls = []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    words = Words()
+    model.generate(**batch_of((5,)), max_new_tokens=8, do_sample=False, streamer=words)
+    assert len(calls) == 8 and len(words.seen) == 9 and words.ended
+    assert "model.layers.1.mlp has forward hooks" in patchkit.report(model).host_loops
+    handle.remove()
+    model.generate(**batch_of((5,)), max_new_tokens=8, do_sample=False)
+    assert sum(patchkit.report(model).host_loops.values()) == 1
+
+
+def test_beam_search_and_assistants_are_left_to_transformers():
+    model = build()
+    for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
+        inputs = {"input_ids": batch_of((9,))["input_ids"]}
+        want = model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
+        with patchkit.patched(model):
+            got = model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
+            assert sum(patchkit.report(model).steps.values()) == 0
+        assert torch.equal(got, want)
+
+
+def test_the_mode_may_come_from_a_configuration():
+    model = build()
+    config = GenerationConfig(num_beams=2, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    want = model.generate(**batch_of(), generation_config=config)
+    with patchkit.patched(model):
+        assert torch.equal(model.generate(**batch_of(), generation_config=config), want)
+    model.generation_config.num_beams = 2
+    want = model.generate(**batch_of(), max_new_tokens=8, do_sample=False)
+    with patchkit.patched(model):
+        got = model.generate(**batch_of(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(got, want)
