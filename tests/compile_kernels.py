@@ -61,6 +61,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     from patchkit.attention.kernels.compact import compact
     from patchkit.attention.kernels.decode_attention import decode_attention
     from patchkit.attention.kernels.evict_lowest import evict_lowest
+    from patchkit.attention.kernels.prefill_attention import prefill_attention
 
     batch_size, heads, capacity = 2, 2, 512
     keys = torch.zeros(batch_size, heads, capacity, head_dim, dtype=dtype)
@@ -83,6 +84,11 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
             {"indices": slots, "index_count": length},
         ):
             decode_attention(query.transpose(1, 2), *held, seen, scale=0.1, **options)
+    chunk = torch.zeros(batch_size, 300, heads * groups, head_dim, dtype=dtype).transpose(1, 2)
+    behind = torch.zeros(batch_size, 300, dtype=torch.int32)
+    everything = {"sliding_window": 64, "softcap": 30.0, "sinks": sinks, "behind": behind}
+    for options in ({"ordered": True}, {"behind": behind}, everything, {"sliding_window": 64}):
+        prefill_attention(chunk, *held, seen, scale=0.1, **options)
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
     compact(keys, values, position, keep, length, *out, position[:, :, :256].contiguous())

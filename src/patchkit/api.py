@@ -122,6 +122,7 @@ def _install(model: PreTrainedModel, patch: Patch) -> None:
     journal.set(model, "generate", MethodType(generation.generate, model), label="model")
     prepare = MethodType(generation.prepare_cache_for_generation, model)
     journal.set(model, "_prepare_cache_for_generation", prepare, label="model")
+    journal.set(model, "_prefill", MethodType(generation.prefill, model), label="model")
     criteria = MethodType(generation.get_stopping_criteria, model)
     journal.set(model, "_get_stopping_criteria", criteria, label="model")
 

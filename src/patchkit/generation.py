@@ -11,6 +11,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import (
     Cache,
     DynamicCache,
@@ -34,6 +35,7 @@ from patchkit.errors import (
 from patchkit.families import Family
 from patchkit.method import Method, as_slot_value, slot_names
 from patchkit.patch import ActiveCall
+from patchkit.prefill import prefill_chunk_size
 
 if TYPE_CHECKING:
     from patchkit.patch import Patch
@@ -99,6 +101,29 @@ def prepare_cache_for_generation(
         if generation_config.is_assistant:
             store.activate_past_recording()
         model_kwargs[CACHE_KEYWORD] = store
+
+
+def prefill(
+    self: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Feed a prompt in chunks where its activations would take too much memory at once."""
+    patch: Patch = self.__dict__["_patchkit"]
+    original = patch.journal.original(self, "_prefill")
+    store = model_kwargs.get(CACHE_KEYWORD)
+    if not isinstance(store, KVStore):
+        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    if generation_config.prefill_chunk_size is None:
+        chunk = prefill_chunk_size(self, store, input_ids, model_kwargs)
+        generation_config.prefill_chunk_size = chunk
+    if generation_config.prefill_chunk_size is None:
+        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    with store.expecting(input_ids.shape[1] - generation_config.prefill_chunk_size):
+        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def get_stopping_criteria(

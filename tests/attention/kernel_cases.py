@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from patchkit.attention import reference
-from patchkit.attention.kernels import append, compact, decode_attention, evict_lowest
+from patchkit.attention.kernels import (
+    append,
+    compact,
+    decode_attention,
+    evict_lowest,
+    prefill_attention,
+)
 
 _GUARD = 3
 _EMPTY = -1
@@ -359,7 +365,14 @@ def check_decode_attention(
         got = decode_attention.decode_attention(*tensors, **options, out=out)
     assert got is out and got.dtype == dtype
 
-    unit = torch.finfo(dtype).eps * expected.abs().max()
+    _check_attention_error(got, plain, expected, tensors, options["scale"])
+
+
+def _check_attention_error(
+    got: Tensor, plain: Tensor, expected: Tensor, tensors: tuple[Tensor, ...], scale: float
+) -> None:
+    """Compare kernel and reference with the float64 oracle; see `check_decode_attention`."""
+    unit = torch.finfo(got.dtype).eps * expected.abs().max()
     reference_error = (plain.double() - expected).abs().max()
     error = (got.double() - expected).abs().max()
     # Both compute in float32, whatever the dtype of their inputs.
@@ -368,11 +381,99 @@ def check_decode_attention(
     assert reference_error <= limit, f"reference: {reference_error} > {limit}"
     query, keys, values = tensors[:3]
     norms = [t.double().norm(dim=-1).nan_to_num(0, 0, 0).max() for t in (query, keys)]
-    order = eps * options["scale"] * norms[0] * norms[1] * values.double().nan_to_num(0, 0, 0).max()
+    order = eps * scale * norms[0] * norms[1] * values.double().nan_to_num(0, 0, 0).max()
     limit = 2 * reference_error + unit + order
     assert error <= limit, f"kernel: {error} > {limit}, reference {reference_error}"
     blind = (expected == 0).all(-1)
     assert (got[blind] == 0).all() and (plain[blind] == 0).all()
+
+
+# --- prefill_attention -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillCase:
+    batch_size: int = 2
+    num_kv_heads: int = 2
+    groups: int = 2
+    q_len: int = 37
+    stored: int = 0  # most tokens that a list holds before the chunk
+    ordered: bool = False  # these lie in the order of their columns
+    padding: str | None = None  # None, "left", "random" or "row" (a whole row is padding)
+    head_dim: int = 16
+    value_dim: int = 16
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    blocks: tuple[int, int] | None = (16, 32)  # BLOCK_M, BLOCK_N; None: the launcher's own
+    heads_inside: bool = False
+
+    def __str__(self) -> str:
+        parts = [
+            f"B{self.batch_size}-H{self.num_kv_heads}-G{self.groups}-Q{self.q_len}"
+            f"-S{self.stored}-D{self.head_dim}-Dv{self.value_dim}"
+        ]
+        for name in ("padding", "sliding_window", "softcap"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name}{getattr(self, name)}")
+        flags = ("sinks", "ordered", "heads_inside")
+        return "-".join(parts + [flag for flag in flags if getattr(self, flag)])
+
+
+def _prefill_inputs(
+    case: PrefillCase, dtype: torch.dtype, device: str
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Append a chunk to a store; on the CPU by the reference, which has tests of its own."""
+    lists = (case.batch_size, case.num_kv_heads)
+    length = ragged(*lists, case.stored) if case.stored else torch.zeros(lists, dtype=torch.int32)
+    capacity = case.stored + case.q_len
+    dims = (case.head_dim, case.value_dim, dtype)
+    store = make_store(length, capacity, *dims, heads_inside=case.heads_inside)
+    if case.ordered:
+        for b, h in torch.cartesian_prod(*(torch.arange(n) for n in lists)).tolist():
+            live = store.position[b, h, : length[b, h]]
+            live.copy_(live.sort().values)
+    valid = None
+    if case.padding is not None:
+        shape = AppendCase(case.batch_size, num_tokens=case.q_len, padding=case.padding)
+        valid = _padding(shape)
+    chunk = (case.batch_size, case.num_kv_heads, case.q_len)
+    new = [random((*chunk, width), 7 + width, dtype) for width in dims[:2]]
+    reference.append(*store.tensors, *new, valid)
+    num_heads = case.num_kv_heads * case.groups
+    shape = (case.batch_size, case.q_len, num_heads, case.head_dim)
+    query = random(shape, 11, dtype, device).transpose(1, 2)
+    options: dict[str, Any] = {
+        "scale": 2 * case.head_dim**-0.5,
+        "sliding_window": case.sliding_window,
+        "softcap": case.softcap,
+        "ordered": case.ordered or not case.stored,
+    }
+    if case.sinks:
+        options["sinks"] = random((num_heads,), 12, torch.float32, device) + 2
+    if valid is not None:
+        behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
+        options["behind"] = behind.int().to(device)
+    return (query, *(tensor.to(device) for tensor in store.tensors)), options
+
+
+def check_prefill_attention(
+    case: PrefillCase, dtype: torch.dtype, device: str, monkeypatch: Any
+) -> None:
+    """Bound the kernel's error as `check_decode_attention` does."""
+    if case.blocks is not None:
+        sizes = dict(zip(("BLOCK_M", "BLOCK_N"), case.blocks, strict=True))
+        monkeypatch.setattr(prefill_attention, "_blocks", lambda *_: sizes)
+    tensors, options = _prefill_inputs(case, dtype, device)
+    plain = reference.prefill_attention(*tensors, **options)
+    out = torch.full_like(plain, torch.nan)
+    with nan_in_new_memory():
+        got = prefill_attention.prefill_attention(*tensors, **options, out=out)
+    assert got is out and got.dtype == dtype
+    for name in ("ordered", "behind"):
+        options.pop(name, None)
+    expected = _decode_oracle(*tensors, **options)
+    _check_attention_error(got, plain, expected, tensors, options["scale"])
 
 
 # --- compact -----------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ from ..attention.kernel_cases import (
     CompactCase,
     DecodeCase,
     EvictCase,
+    PrefillCase,
     assert_same_bits,
     check_append,
     check_compact,
     check_decode_attention,
     check_evict_lowest,
+    check_prefill_attention,
     make_store,
     random,
 )
@@ -62,6 +64,26 @@ DECODE = [
     DecodeCase(2, 2, 4, 1, 4096, 128, 128, longest=0, sinks=True),
 ]
 
+PREFILL = [
+    PrefillCase(1, 2, 4, 300, head_dim=128, value_dim=128, blocks=None),
+    PrefillCase(2, 1, 7, 200, stored=400, head_dim=64, value_dim=64, blocks=None),
+    PrefillCase(2, 2, 2, 300, padding="left", head_dim=128, value_dim=128, blocks=None),
+    PrefillCase(2, 2, 2, 300, padding="random", head_dim=128, value_dim=128, blocks=None),
+    PrefillCase(2, 1, 2, 300, padding="row", stored=77, head_dim=80, value_dim=80, blocks=None),
+    PrefillCase(1, 1, 4, 900, head_dim=256, value_dim=256, sliding_window=300, blocks=None),
+    PrefillCase(
+        2, 1, 2, 600, padding="random", head_dim=64, value_dim=64, sliding_window=170, blocks=None
+    ),
+    PrefillCase(
+        1, 1, 8, 400, stored=128, ordered=True, head_dim=64, value_dim=64, sliding_window=128,
+        sinks=True, blocks=None,
+    ),
+    PrefillCase(
+        2, 1, 2, 200, padding="left", head_dim=256, value_dim=256, softcap=5.0, blocks=None
+    ),
+    PrefillCase(1, 4, 1, 300, stored=50, head_dim=192, value_dim=128, blocks=None),
+]  # fmt: skip
+
 COMPACT = [
     CompactCase(4, 8, 1024, 512, 128, 128, 500),
     CompactCase(2, 2, 8192, 4096, 80, 80, 4000, keep_dtype=torch.int32),
@@ -89,6 +111,14 @@ def test_decode_attention(
     case: DecodeCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_decode_attention(case, dtype, "cuda", monkeypatch)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", PREFILL, ids=str)
+def test_prefill_attention(
+    case: PrefillCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_prefill_attention(case, dtype, "cuda", monkeypatch)
 
 
 @every_dtype

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _MAX_SCORES = 1 << 26
 """Attention scores that the explicit softmax materialises at a time when no gradient is needed."""
+
+_FEW_QUERIES = 1024
+"""Up to this many queries, torch's flash attention takes less time than patchkit's kernel."""
+
+_CUDNN_QUERIES = 32768
+"""From this many on, cuDNN gains more than the building of its plan costs: 55 ms for every new
+length (H100)."""
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def prefers_torch(
+    query: Tensor, value: Tensor, *, softcap: float | None, sinks: Tensor | None, scale: float
+) -> bool:
+    """Say whether torch attends faster than patchkit's kernel where every query is causal.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        value: `[B, H_kv, S, Dv]`.
+    """
+    plain = softcap is None and sinks is None and query.shape[-1] == value.shape[-1] <= 128
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    suited = not _FEW_QUERIES < query.shape[2] < _CUDNN_QUERIES
+    return query.is_cuda and half and plain and suited
 
 
 def dense_attention(
@@ -42,10 +73,19 @@ def dense_attention(
         `[B, Q, H, Dv]`, contiguous, query dtype.
     """
     if softcap is None and sinks is None:
-        out = _sdpa(query, key, value, scale, mask, is_causal, dropout)
+        with _order_of_kernels(query):
+            out = _sdpa(query, key, value, scale, mask, is_causal, dropout)
     else:
         out = _explicit(query, key, value, scale, mask, is_causal, dropout, softcap, sinks)
     return out.transpose(1, 2).contiguous()
+
+
+def _order_of_kernels(query: Tensor) -> AbstractContextManager[None]:
+    """Make torch try cuDNN before its own flash attention where that pays."""
+    long = query.is_cuda and query.shape[2] >= _CUDNN_QUERIES
+    if not long or query.requires_grad or torch.compiler.is_compiling():
+        return nullcontext()
+    return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
 
 
 def _sdpa(

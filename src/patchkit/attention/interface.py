@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from patchkit.attention.dense import dense_attention
+from patchkit.attention.dense import dense_attention, prefers_torch
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.compat import CACHE_KEYWORD, find_cache
@@ -180,44 +180,33 @@ def _attend_store(
     attention_mask: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attend over the slots of a store layer: the decode kernel on a GPU, torch elsewhere."""
+    """Attend over the slots of a store layer: Triton kernels on a GPU, torch elsewhere."""
     backend = patch.backend
     q_len, groups = query.shape[2], query.shape[1] // key.shape[1]
-    four_dimensional = attention_mask is not None and attention_mask.ndim == 4
-    few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
-    if few and not four_dimensional and backend.choose(layer.device) == "triton":
+    causal = layer.unmasked(q_len) == "causal"
+    if attention_mask is not None and attention_mask.ndim == 4:
+        visible: Any = _mask_of_columns(attention_mask, layer)
+    elif backend.choose(layer.device) == "reference" or (
+        causal and prefers_torch(query, value, **options)
+    ):
+        visible = layer.visibility(q_len)
+    else:
         position = layer.position
         if key.data_ptr() == layer.keys.data_ptr():
             key, value = layer.keys, layer.values
         else:  # MLA: keys and values were expanded from the latent slots
             position = position[:, :, : key.shape[2]]
-        return backend.run(
-            "attention",
-            "decode_attention",
-            layer.device,
-            query,
-            key,
-            value,
-            position,
-            layer.length,
-            layer.seen,
-            sliding_window=layer.sliding_window,
-            **options,
-        )
-    if four_dimensional:
-        assert attention_mask is not None
-        visible: Any = _mask_of_columns(attention_mask, layer)
-    else:
-        visible = layer.visibility(q_len)
+        held = (query, key, value, position, layer.length, layer.seen)
+        options["sliding_window"] = layer.sliding_window
+        few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
+        if few:
+            return backend.run("attention", "decode_attention", layer.device, *held, **options)
+        options |= {"behind": layer.behind, "ordered": layer.ordered}
+        return backend.run("attention", "prefill_attention", layer.device, *held, **options)
     mask = visible if isinstance(visible, Tensor) else None
     backend.calls["dense_attention", "torch"] += 1
     return dense_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        is_causal=isinstance(visible, str) and visible == "causal",
-        **options,
+        query, key, value, mask=mask, is_causal=mask is None and visible == "causal", **options
     )
 
 

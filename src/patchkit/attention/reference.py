@@ -18,7 +18,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["append", "check_arguments", "compact", "decode_attention", "evict_lowest"]
+__all__ = [
+    "append",
+    "check_arguments",
+    "compact",
+    "decode_attention",
+    "evict_lowest",
+    "prefill_attention",
+]
 
 
 def append(
@@ -162,6 +169,51 @@ def decode_attention(
     if out is None:
         out = query.new_empty(result.shape)
     return out.copy_(result)
+
+
+def prefill_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    behind: Tensor | None = None,
+    ordered: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend from the chunk that was appended last to the live slots of a KV store.
+
+    This is `decode_attention` for any number of queries. `behind` and `ordered` tell a kernel what
+    the positions say anyway, so nothing here depends on them. Materialises all logits.
+
+    Args:
+        query: `[B, H_q, Q, D]`; so are the remaining tensors those of `decode_attention`. The
+            tokens of the chunk are the last live slots, in order.
+        behind: `[B, Q]` int32, stored tokens of the chunk behind each query. None: `Q - 1 - i`.
+        ordered: Whether positions ascend with the slots.
+
+    Returns:
+        `[B, Q, H_q, D_v]`, contiguous, in the dtype of `query`.
+    """
+    return decode_attention(
+        query,
+        keys,
+        values,
+        position,
+        length,
+        seen,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        out=out,
+    )
 
 
 def compact(

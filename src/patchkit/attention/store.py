@@ -134,17 +134,24 @@ class KVStore(Cache):
 
     def restart(self) -> None:
         """Drop every token but keep the slots for a prompt of the same batch size."""
-        for layer in self.store_layers:
-            layer.restart()
+        spares = [spare for layer in self.store_layers if (spare := layer.restart())]
+        if not spares:
+            return
+        # One launch for all layers: a loop would cost more than feeding a short prompt.
+        counters = ("length", "seen", "prompt_length")
+        torch._foreach_zero_([spare[name] for spare in spares for name in counters])
+        positions = [spare["position"] for spare in spares]
+        torch._foreach_zero_(positions)
+        torch._foreach_sub_(positions, 1)
 
     @contextmanager
     def expecting(self, new_tokens: int) -> Iterator[None]:
-        """Leave room for `new_tokens` more than the passes inside the block need."""
-        self._forward.expected = new_tokens
+        """Leave room for `new_tokens` more than the passes inside the block need; may nest."""
+        self._forward.expected += new_tokens
         try:
             yield
         finally:
-            self._forward.expected = 0
+            self._forward.expected -= new_tokens
 
     def reserve(self, new_tokens: int) -> None:
         """Allocate slots for `new_tokens` more tokens; addresses may change."""
@@ -210,10 +217,10 @@ class KVStore(Cache):
                 f"expected an attention mask over all {columns + new_tokens} columns ({columns} in "
                 f"the store, {new_tokens} new), got {mask.shape[1]}"
             )
-        if two_dimensional and _holds_no_padding(mask[:, columns : columns + new_tokens]):
-            two_dimensional = False
-        self._forward.step += 1
-        self._forward.mask = mask if two_dimensional else None
+        valid = mask[:, columns : columns + new_tokens] if two_dimensional else None
+        if valid is not None and _holds_no_padding(valid):
+            valid = None
+        self._forward.begin(valid)
 
 
 def _holds_no_padding(mask: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,8 @@ class ForwardPass:
 
     Attributes:
         step: Counts the passes.
-        mask: `[B, columns]` padding mask of this pass, or None.
+        valid: `[B, T]` bool, False for the padding among the new tokens of this pass; None for
+            none.
         expected: Tokens that will follow, for which the slots of this pass leave room.
         horizon: Steps to come, this one included, that must launch the same kernels as this one.
         recording: Whether launches are recorded for replay instead of run: what is handed out
@@ -36,10 +37,30 @@ class ForwardPass:
     """
 
     step: int = 0
-    mask: Tensor | None = None
+    valid: Tensor | None = None
     expected: int = 0
     horizon: int = 1
     recording: bool = False
+    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def begin(self, valid: Tensor | None) -> None:
+        """Open the next pass."""
+        self.step += 1
+        self.valid = valid
+        self._placed.clear()
+
+    def padding(self, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return `valid` and, `[B, T]` int32, how many valid tokens are behind each, on `device`.
+
+        Layers on one device share them.
+        """
+        if self.valid is None:
+            return None, None
+        if device not in self._placed:
+            valid = self.valid.to(device, torch.bool)
+            behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
+            self._placed[device] = valid, behind.to(torch.int32)
+        return self._placed[device]
 
 
 class StoreLayer(CacheLayerMixin):
@@ -66,6 +87,7 @@ class StoreLayer(CacheLayerMixin):
     length: Tensor
     seen: Tensor
     budget: Tensor | None
+    behind: Tensor | None
 
     def __init__(
         self,
@@ -95,17 +117,23 @@ class StoreLayer(CacheLayerMixin):
         self.filled = 0  # host-side upper bound on `length`
         self.rollback = 0  # newest columns that `crop` can still remove
         self.ragged = False  # rows may differ in length or hold holes
+        self.ordered = True  # positions ascend with the slots
         self.capacity = 0
         self._step = self._forward.step
         self._open = 0  # tokens appended but not yet committed
         self._overdue = False  # an eviction was deferred for `crop`
         self._spare: dict[str, Tensor] | None = None
 
-    def restart(self) -> None:
-        """Drop every token, but keep the slots for a first chunk that fits them."""
+    def restart(self) -> dict[str, Tensor] | None:
+        """Drop every token, but keep the slots for a first chunk that fits them.
+
+        Returns:
+            The tensors that are kept, for the caller to empty, or None.
+        """
         spare = self.tensors() if self.is_initialized else None
         self.reset()
         self._spare = spare
+        return spare
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, heads, dtype and device from the first chunk `[B, H_kv, T, D]`."""
@@ -139,9 +167,6 @@ class StoreLayer(CacheLayerMixin):
         self.__dict__.update(spare)
         self.budget = None
         self.capacity = self.keys.shape[2]
-        self.position.fill_(-1)
-        for counter in (self.length, self.seen, self.prompt_length):
-            counter.zero_()
         return True
 
     @property
@@ -232,7 +257,8 @@ class StoreLayer(CacheLayerMixin):
         if self.room < new_tokens:
             bounded = self.policy is not None  # compaction follows, which makes room of its own
             self._reserve(new_tokens if bounded else new_tokens + self._forward.expected)
-        valid = self._valid(new_tokens)
+        valid, self.behind = self._forward.padding(self.device)
+        self.ragged |= valid is not None
         self.backend.run(
             "attention",
             "append",
@@ -250,19 +276,25 @@ class StoreLayer(CacheLayerMixin):
         self.columns += new_tokens
         self.filled += new_tokens
         self.rollback += new_tokens
-        if new_tokens > 1:
+        if new_tokens > 1 and self.policy is not None:
             self.prompt_length += new_tokens if valid is None else valid.sum(-1, keepdim=True)
             self._prompt_bound += new_tokens
         self._open = new_tokens
         shown = self.capacity if self._forward.recording else self.filled
         return self.keys[:, :, :shown], self.values[:, :, :shown]
 
-    def _valid(self, new_tokens: int) -> Tensor | None:
-        mask = self._forward.mask
-        if mask is None:
-            return None
-        self.ragged = True
-        return mask[:, self.columns : self.columns + new_tokens].to(self.device, torch.bool)
+    def unmasked(self, q_len: int) -> Literal["all", "causal"] | None:
+        """Say whether the newest `q_len` queries see all slots, or those up to their own, or None.
+
+        None where padding, a window or evicted tokens decide what is seen.
+        """
+        within_window = self.sliding_window is None or self.filled <= self.sliding_window
+        if not self.ragged and not self._per_head and within_window:
+            if q_len == 1:
+                return "all"
+            if q_len == self.filled == self.columns:
+                return "causal"
+        return None
 
     def visibility(self, q_len: int) -> Literal["all", "causal"] | Tensor:
         """Say which slots each of the newest `q_len` queries may attend to.
@@ -272,12 +304,8 @@ class StoreLayer(CacheLayerMixin):
             bool mask `[B or 1, H_kv or 1, q_len, filled]`, True = attend. Queries that see no
             slot (padding) see every slot instead: their output is never used, but must be finite.
         """
-        within_window = self.sliding_window is None or self.filled <= self.sliding_window
-        if not self.ragged and not self._per_head and within_window:
-            if q_len == 1:
-                return "all"
-            if q_len == self.filled == self.columns:
-                return "causal"
+        if (known := self.unmasked(q_len)) is not None:
+            return known
         position = self.position[:, :, : self.filled]
         if not self._per_head:
             position = position[:, :1] if self.ragged else position[:1, :1]
@@ -324,7 +352,7 @@ class StoreLayer(CacheLayerMixin):
 
     def counters(self) -> dict[str, Any]:
         """Return the host's side of the bookkeeping, which a recorded step must not move."""
-        names = ("columns", "filled", "rollback", "_step", "_open")
+        names = ("columns", "filled", "rollback", "ordered", "_step", "_open")
         return {name: getattr(self, name) for name in names}
 
     def advance(self) -> None:
@@ -378,6 +406,7 @@ class StoreLayer(CacheLayerMixin):
         if self.filled > self._min_budget:
             self.filled = min(self.filled, self._max_budget)
             self.rollback = 0
+            self.ordered = False
 
     def _evict_many(self) -> None:
         """Keep the best `budget` tokens of every head and move them into slots of that size."""

@@ -20,23 +20,18 @@ from patchkit.attention.reference import check_arguments
 
 __all__ = ["decode_attention"]
 
-_TARGET_PROGRAMS = 2 * 132
+_TARGET_PROGRAMS = 132
 _MAX_ROWS = 128
 _SHARED_BYTES = 200 * 1024
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # The interpreter keeps bfloat16 as uint16 and would multiply the bit patterns.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def _tanh(x):
-    # The series near 0 keeps the relative precision that 1 - exp(..) loses there.
-    square = x * x
-    series = -17 / 315 + square * (62 / 2835)
-    series = x + x * square * (-1 / 3 + square * (2 / 15 + square * series))
-    decay = tl.exp(-2 * tl.abs(x))
-    tail = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -tail, tail))
+def tanh(x):
+    # Off by a rounding unit of 1 near 0, where a logit may be: softmax sees differences only.
+    return 2 / (1 + tl.exp(-2 * x)) - 1
 
 
 @triton.jit
@@ -101,7 +96,8 @@ def _decode_attention_kernel(
             slot = slot.to(tl.int64)
         else:
             slot = offs_n.to(tl.int64)
-        position = tl.load(position_ptr + slot * stride_ps, mask=mask_n, other=-1)  # [BLOCK_N]
+        if Q > 1 or HAS_WINDOW:  # else every live slot is visible
+            position = tl.load(position_ptr + slot * stride_ps, mask=mask_n, other=-1)  # [BLOCK_N]
         if HAS_WINDOW:  # slots that no query sees any more are not read
             mask_n = mask_n & (position > newest - (Q - 1) - sliding_window)
         k_ptr = keys_ptr + slot[None, :] * stride_ks + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
@@ -112,11 +108,13 @@ def _decode_attention_kernel(
             k, v = k.to(tl.float32), v.to(tl.float32)
         logits = tl.dot(q, k, input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
-            logits = softcap * _tanh(logits / softcap)
-        visible = (position >= 0)[None, :] & (position[None, :] <= column[:, None])
+            logits = softcap * tanh(logits / softcap)
+        visible = mask_n[None, :]
+        if Q > 1:
+            visible = visible & (position[None, :] <= column[:, None])
         if HAS_WINDOW:
             visible = visible & (position[None, :] > column[:, None] - sliding_window)
-        logits = tl.where(visible, logits * _LOG2_E, float("-inf"))
+        logits = tl.where(visible, logits * LOG2_E, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         decay = tl.exp2(top - finite_top)
@@ -149,7 +147,7 @@ def _merge_kernel(
 
     top, weight_sum = float("-inf"), 0.0
     if HAS_SINKS:
-        top = tl.load(sinks_ptr + head * stride_sink).to(tl.float32) * _LOG2_E
+        top = tl.load(sinks_ptr + head * stride_sink).to(tl.float32) * LOG2_E
         weight_sum = tl.where(top == float("-inf"), 0.0, 1.0)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for start in range(0, num_splits, BLOCK_S):
@@ -174,13 +172,17 @@ def _merge_kernel(
     tl.store(out_ptr + offs_dv, acc.to(out_ptr.dtype.element_ty), mask=mask_dv)
 
 
-def _blocks(block_dims: int, block_m: int, element_size: int) -> tuple[int, int]:
-    """Choose BLOCK_N and the pipeline depth so that the tiles fit into shared memory."""
-    for block_n, stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1)):
+def _blocks(block_dims: int, block_m: int, element_size: int, many: bool) -> dict[str, int]:
+    """Choose BLOCK_N, warps and pipeline depth so that the tiles fit into shared memory.
+
+    Where lists are `many`, other programs on the same SM hide a load as well as a deep pipeline.
+    """
+    for block_n, stages in ((64, 2 if many else 3), (64, 2), (32, 2), (32, 1), (16, 1)):
         tiles = block_n * (block_dims * stages + block_m) + block_m * block_dims
         if tiles * element_size <= _SHARED_BYTES:
             break
-    return block_n, stages
+    warps = 2 if block_m <= 16 else 4 if block_m <= 32 else 8
+    return {"BLOCK_N": block_n, "num_stages": stages, "num_warps": warps}
 
 
 def decode_attention(
@@ -267,9 +269,10 @@ def decode_attention(
     block_m = max(16, triton.next_power_of_2(rows))
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(value_dim))
-    block_n, stages = _blocks(block_d + block_dv, block_m, query.element_size())
+    many = num_lists > _TARGET_PROGRAMS
+    blocks = _blocks(block_d + block_dv, block_m, query.element_size(), many)
     # From shapes only, so that the grid can be captured: fill the GPU, at least one tile each.
-    num_tiles = triton.cdiv(capacity if indices is None else num_indices, block_n)
+    num_tiles = triton.cdiv(capacity if indices is None else num_indices, blocks["BLOCK_N"])
     num_splits = max(1, min(num_tiles, triton.cdiv(_TARGET_PROGRAMS, num_lists)))
     partial = query.new_empty((num_lists, num_splits, rows, value_dim), dtype=torch.float32)
     stats = query.new_empty((num_lists, num_splits, rows, 2), dtype=torch.float32)
@@ -285,10 +288,9 @@ def decode_attention(
             num_kv_heads, num_indices, float(scale), sliding_window or 0, float(softcap or 1.0),
             Q=q_len, ROWS=rows, D=head_dim, D_V=value_dim,
             HAS_WINDOW=sliding_window is not None, HAS_SOFTCAP=softcap is not None,
-            HAS_INDICES=indices is not None, UPCAST=_INTERPRETED and dtype == torch.bfloat16,
+            HAS_INDICES=indices is not None, UPCAST=INTERPRETED and dtype == torch.bfloat16,
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            num_stages=stages, num_warps=4 if block_m <= 32 else 8,
+            BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_DV=block_dv, **blocks,
         )  # fmt: skip
         _merge_kernel[(num_lists, rows)](
             partial, stats, stats if sinks is None else sinks, out,

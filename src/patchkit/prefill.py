@@ -1,0 +1,89 @@
+"""How many tokens of a prompt the model is fed at a time.
+
+The activations of a forward grow with the number of tokens, and for a long prompt they outgrow the
+weights: 131,072 tokens of Llama-3.1-8B need 20 GB beside 17 GB of keys and values. Feeding the
+prompt in chunks bounds them, changes nothing in the answers, and from some ten thousand tokens on
+costs next to nothing, because the matrix products are as large as the GPU can use.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from patchkit.attention.store import KVStore
+from patchkit.attention.store_layer import BUCKET
+from patchkit.compat import CACHE_KEYWORD, CHUNKED_PREFILL_IGNORES_CACHE
+
+_MOST_BYTES = 6e9
+"""Activations of one chunk, at most: enough for 37,000 tokens of Llama-3.1-8B."""
+
+_SLICED = frozenset({"attention_mask", "position_ids"})
+"""Tensors that transformers cuts into chunks along with the ids."""
+
+
+def prefill_chunk_size(
+    model: PreTrainedModel, store: KVStore, input_ids: Tensor, model_kwargs: dict[str, Any]
+) -> int | None:
+    """Choose the tokens per row and chunk such that the activations of a chunk fit.
+
+    Args:
+        model: The patched model.
+        store: Its cache.
+        input_ids: `[B, P]` int64.
+        model_kwargs: What `generate()` prepared for the forward.
+
+    Returns:
+        A multiple of 256, or None to feed everything at once: it fits, an eviction method is active
+        (it would see another prompt in every chunk), the model runs on a CPU, or the call brings
+        inputs that cannot be cut.
+    """
+    rows, tokens = input_ids.shape
+    if model.device.type != "cuda" or store.eviction is not None or not tokens:
+        return None
+    if store.get_seq_length() and CHUNKED_PREFILL_IGNORES_CACHE:
+        return None
+    tensors = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)}
+    positions = model_kwargs.get("position_ids")
+    if tensors - _SLICED - {CACHE_KEYWORD} or (positions is not None and positions.ndim != 2):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    per_token = activation_bytes(config, model.dtype.itemsize)
+    free = free_bytes(model.device) - rows * tokens * kv_bytes(config, model.dtype.itemsize)
+    most = int(min(_MOST_BYTES, max(free, 0) / 2) / per_token / rows)
+    if tokens <= most:
+        return None
+    most = max(most // BUCKET, 1) * BUCKET
+    chunks = math.ceil(tokens / most)
+    return math.ceil(tokens / chunks / BUCKET) * BUCKET
+
+
+def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Estimate what one token needs while it passes through a layer.
+
+    Counted are the residual stream with its float32 copies in the norms, queries, keys, values, and
+    the gate, its activation and the product of the MLP.
+    """
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:
+        width = getattr(config, "moe_intermediate_size", None) or width
+        width = experts * (width + config.hidden_size)
+    return itemsize * (4 * width + 10 * config.hidden_size)
+
+
+def kv_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Estimate what the cache takes per token, over all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what PyTorch can still allocate on a CUDA device, its own cached blocks included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
