@@ -4,9 +4,10 @@
     python examples/benchmarks/bench_generate.py --shape smollm2 --cases 1x512
 
 Per case: time to the first token, ms per further token (whole call less the first token, divided),
-peak memory, and what the first call costs over a later one. The floor of a token is the bytes of
-the weights and of the live KV cache at the copy rate measured in the same run. Before anything is
-timed, the tokens of patchkit are compared with transformers' and their share is recorded.
+peak memory, what the first call costs over a later one, and what building kernels adds to it. The
+floor of a token is the bytes of the weights and of the live KV cache at the copy rate measured in
+the same run. Where patchkit's tokens first differ from transformers', the gap between transformers'
+logits for the two tokens is recorded: rounding can only turn near ties.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from harness import copy_rate, device_name, record
 from models import load
 from transformers import PreTrainedModel
+from triton import knobs
 
 import patchkit
 
 PROVIDERS = ("transformers", "static + compile", "patchkit")
 
 
-def call(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options) -> torch.Tensor:
+def call(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options):
     return model.generate(
         ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
         **options,
-    )[:, ids.shape[1] :]  # fmt: skip
+    )  # fmt: skip
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -41,25 +44,79 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def kernel_compilation() -> Iterator[list[float]]:
+    """Collect the seconds that Triton spends on building each kernel that its cache lacks."""
+    built: list[float] = []
+
+    def listener(*, times, cache_hit, **_) -> None:
+        if not cache_hit:
+            built.append(times.total / 1e6)
+
+    previous = knobs.compilation.listener
+    knobs.compilation.listener = listener
+    try:
+        yield built
+    finally:
+        knobs.compilation.listener = previous
+
+
 def measure(
     model: PreTrainedModel, ids: torch.Tensor, provider: str, new_tokens: int, rounds: int
-) -> tuple[dict[str, list[float]], torch.Tensor]:
-    """Return the figures of one provider, each a list over rounds, and its tokens."""
+) -> tuple[dict[str, list[float]], torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    """Return the figures of one provider, each a list over rounds, its tokens, and its logits.
+
+    Only transformers as is returns logits. Without rounds, one call for one token and one whole
+    call make all figures, warm-up included: for cases that take minutes.
+    """
     options = {"cache_implementation": "static"} if provider.startswith("static") else {}
+    detailed = {"return_dict_in_generate": True, "output_logits": True}
+    answers: list = []
+
+    def whole(**more) -> float:
+        answers.clear()
+        return seconds(lambda: answers.append(call(model, ids, new_tokens, **options, **more)))
+
+    def prefill() -> float:
+        return seconds(lambda: call(model, ids, 1, **options))
+
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    first = seconds(lambda: call(model, ids, new_tokens, **options))
-    figures: dict[str, list[float]] = {"first token": [], "token": [], "call": []}
-    for _ in range(rounds):
-        prefill = seconds(lambda: call(model, ids, 1, **options))
-        whole = seconds(lambda: call(model, ids, new_tokens, **options))
-        figures["first token"].append(prefill * 1e3)
-        figures["token"].append((whole - prefill) / (new_tokens - 1) * 1e3)
-        figures["call"].append(whole * 1e3)
-    later = sorted(figures["call"])[rounds // 2] / 1e3
-    figures["first call over a later one"] = [(first - later) * 1e3]
+    reference = provider == "transformers"
+    figures: dict[str, list[float]] = {}
+    if rounds:
+        with kernel_compilation() as built:
+            first = whole()
+        times = [(prefill(), whole()) for _ in range(rounds)]
+        later = sorted(w for _, w in times)[rounds // 2]
+        if provider == "patchkit":
+            figures["kernel compilation"] = [sum(built) * 1e3]
+            first -= sum(built)
+        figures["first call over a later one"] = [(first - later) * 1e3]
+        if reference:
+            whole(**detailed)
+    else:
+        times = [(prefill(), whole(**detailed) if reference else whole())]
+    figures["first token"] = [p * 1e3 for p, _ in times]
+    figures["token"] = [(w - p) / (new_tokens - 1) * 1e3 for p, w in times]
+    figures["call"] = [w * 1e3 for _, w in times]
     figures["peak memory"] = [torch.cuda.max_memory_allocated() / 1e9]
-    return figures, call(model, ids, new_tokens, **options)
+    answer = answers[0]
+    tokens = answer.sequences if reference else answer
+    return figures, tokens[:, ids.shape[1] :], answer.logits if reference else None
+
+
+def largest_gap(
+    reference: torch.Tensor, logits: tuple[torch.Tensor, ...], tokens: torch.Tensor
+) -> float:
+    """Return how sure the reference was, at most, where a row first differs from it, in logits."""
+    shared = min(reference.shape[1], tokens.shape[1])
+    gaps = [0.0]
+    for row, (want, got) in enumerate(zip(reference[:, :shared], tokens[:, :shared], strict=True)):
+        if different := (want != got).nonzero()[:1].flatten().tolist():
+            step = different[0]
+            gaps.append((logits[step][row, want[step]] - logits[step][row, got[step]]).item())
+    return max(gaps)
 
 
 def floor_ms(model: PreTrainedModel, batch_size: int, length: int, rate: float) -> float:
@@ -102,7 +159,7 @@ def compare(
     shape = (batch_size, length)
     ids = torch.randint(5, model.config.vocab_size - 5, shape, device="cuda", generator=generator)
     config = f"{args.shape} B{batch_size} S{length} +{args.new_tokens} bf16"
-    answers = {}
+    answers, logits = {}, None
     floor = floor_ms(model, batch_size, length + args.new_tokens // 2, rate)
     record("generate", config, "floor", "token", "ms", [floor])
     for provider in args.providers:
@@ -110,7 +167,10 @@ def compare(
         if provider == "patchkit":
             patchkit.apply(model)
         try:
-            figures, answers[provider] = measure(model, ids, provider, new_tokens, args.rounds)
+            figures, answers[provider], kept = measure(
+                model, ids, provider, new_tokens, args.rounds
+            )
+            logits = logits or kept
         except torch.OutOfMemoryError:
             print(f"{config} {provider}: out of memory", flush=True)
             continue
@@ -129,9 +189,10 @@ def compare(
     if {"transformers", "patchkit"} <= answers.keys():
         shared = min(answer.shape[1] for answer in answers.values())
         same = answers["patchkit"][:, :shared] == answers["transformers"][:, :shared]
-        record(
-            "generate", config, "patchkit", "same tokens", "share", [same.double().mean().item()]
-        )
+        share = same.double().mean().item()
+        record("generate", config, "patchkit", "same tokens", "share", [share])
+        gap = largest_gap(answers["transformers"], logits, answers["patchkit"])
+        record("generate", config, "patchkit", "largest gap", "logits", [gap])
 
 
 if __name__ == "__main__":

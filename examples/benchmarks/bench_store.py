@@ -18,8 +18,9 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from harness import copy_rate, device_name, record, time_graph_us, time_ms
+from harness import copy_rate, device_name, product_rate, record, time_graph_us, time_ms
 from models import load
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import patchkit
 from patchkit import Window, demo
@@ -75,6 +76,11 @@ def kernels(args: argparse.Namespace) -> None:
     ]:
         decode(batch_size, length, rate)
         torch.cuda.empty_cache()
+    products = product_rate()
+    record("kernels", "bf16 product 8192^3", "torch", "rate", "TFLOP/s", [products / 1e12])
+    for case in [(1, 512), (1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 4096)]:
+        prefill(*case, products)
+        torch.cuda.empty_cache()
     for batch_size, budget in [(1, 1024), (16, 1024), (1, 2048)]:
         append_and_evict(batch_size, budget, rate)
     for length, budget in [(32768, 2048), (131072, 2048), (131072, 32768)]:
@@ -101,6 +107,56 @@ def decode(batch_size: int, length: int, rate: float) -> None:
         return F.scaled_dot_product_attention(slots.query, keys, values, enable_gqa=True)
 
     record("kernels", config, "torch sdpa", "time", "us", time_graph_us(sdpa, sets))
+
+
+def prefill(batch_size: int, length: int, rate: float) -> None:
+    """A causal chunk; in a batch with left padding, where torch needs a mask and repeated heads."""
+    from patchkit.attention.kernels.prefill_attention import prefill_attention
+
+    slots = Slots(batch_size, length, length)
+    shape = (batch_size, length, HEADS, DIM)
+    query = torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    held = (slots.keys, slots.values, slots.position, slots.length, slots.seen)
+    options = {"scale": DIM**-0.5, "ordered": True}
+    causal = {"is_causal": True, "enable_gqa": True}
+    config = f"prefill B{batch_size} S{length} H32/8 D128 bf16"
+    backends = {
+        "torch flash": SDPBackend.FLASH_ATTENTION,
+        "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
+    }
+    pairs = batch_size * length**2 / 2
+    if batch_size > 1:  # half of the rows are padded by a quarter
+        config += " left-padded"
+        pad = torch.arange(batch_size, device="cuda") % 2 * (length // 4)
+        pairs = ((length - pad).double() ** 2 / 2).sum().item()
+        column = torch.arange(length, device="cuda")
+        valid = column >= pad[:, None]
+        slots.length -= pad[:, None].int()
+        options["behind"] = (valid.sum(-1, keepdim=True) - valid.cumsum(-1)).int()
+        mask = (valid[:, None] & (column <= column[:, None]))[:, None]
+        mask |= ~mask.any(-1, keepdim=True)
+        causal = {"attn_mask": mask}
+        backends = {"torch sdpa with mask": SDPBackend.EFFICIENT_ATTENTION}
+
+    def ours() -> torch.Tensor:
+        return prefill_attention(query, *held, **options)
+
+    def torchs(backend: SDPBackend) -> torch.Tensor:
+        keys, values = slots.keys, slots.values
+        if batch_size > 1:
+            keys, values = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (keys, values))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, keys, values, **causal)
+
+    if length <= 8192 and batch_size == 1:
+        expected = torchs(SDPBackend.MATH) if length <= 2048 else torchs(SDPBackend.FLASH_ATTENTION)
+        error = (ours().transpose(1, 2).float() - expected.float()).abs().max()
+        assert error <= 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max(), error
+    repeats = 3 if length > 60000 else 10
+    record("kernels", config, "floor", "time", "ms", [4 * pairs * HEADS * DIM / rate * 1e3])
+    record("kernels", config, "patchkit", "time", "ms", time_ms(ours, repeats))
+    for name, backend in backends.items():
+        record("kernels", config, name, "time", "ms", time_ms(lambda b=backend: torchs(b), repeats))
 
 
 def append_and_evict(batch_size: int, budget: int, rate: float) -> None:

@@ -128,3 +128,10 @@ def copy_rate(gigabytes: float = 4.0) -> float:
     target = torch.empty_like(source)
     times = time_ms(lambda: target.copy_(source), 10)
     return 2 * source.numel() / (sorted(times)[len(times) // 2] * 1e-3)
+
+
+def product_rate(size: int = 8192) -> float:
+    """FLOP per second of a large bfloat16 matrix product on random data: the arithmetic floor."""
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = time_ms(lambda: left @ right, 10)
+    return 2 * size**3 / (sorted(times)[len(times) // 2] * 1e-3)
