@@ -14,7 +14,15 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import patchkit
-from patchkit import KVStore, Window, engine
+from patchkit import (
+    TIP,
+    BudgetForcing,
+    CyclicReflex,
+    KVStore,
+    ThinkingBudget,
+    Window,
+    engine,
+)
 from patchkit.testing import left_padded_batch, tiny_model, tiny_tokenizer
 from patchkit.token_choice import draw
 
@@ -87,6 +95,13 @@ CHOICES = {
     "suppress": {"do_sample": True, "suppress_tokens": [1, 2, 3, 5, 8]},
     "min length": {"do_sample": True, "min_new_tokens": 12, "eos_token_id": [5, 6, 7, 8, 9]},
     "bias": {"do_sample": False, "sequence_bias": {(5,): -9.0, (3, 9): 4.0}},
+    "suppress at begin": {"do_sample": False, "begin_suppress_tokens": list(range(50))},
+    "min total length": {"do_sample": True, "min_length": 20, "eos_token_id": [5, 6, 7, 8, 9]},
+    "forced eos": {"do_sample": False, "forced_eos_token_id": [5], "eos_token_id": [96]},
+    "epsilon": {"do_sample": True, "epsilon_cutoff": 0.02},
+    "eta": {"do_sample": True, "eta_cutoff": 0.1},
+    "top-h": {"do_sample": True, "top_h": 0.4},
+    "invalid values": {"do_sample": False, "remove_invalid_values": True},
 }
 
 
@@ -99,6 +114,60 @@ def test_tokens_scores_and_logits_are_those_of_transformers(choice):
     for name in ("scores", "logits"):
         for got, want in zip(ours[name], plain[name], strict=True):
             torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+SCHEDULES = {
+    "wave": CyclicReflex(amplitude=9.0, period=8, reflection_tokens=(11, 12), end_think=(7,)),
+    "tip": TIP(delta=9.0, reflection_tokens=(11, 12), end_think=None, window="thought"),
+    "thinking budget": ThinkingBudget(max_tokens=6, end_think=(7, 7, 8)),
+    "budget forcing": BudgetForcing(max_tokens=16, num_ignore=2, wait=(11, 12), end_think=(7,)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_those_of_transformers_own_loop(name, monkeypatch):
+    model, rows = patchkit.apply(build(), SCHEDULES[name]), []
+    options = {"do_sample": False, "sequence_bias": {(7,): 6.0}, "max_new_tokens": 24}
+    for devices in ((), ("cpu", "cuda")):
+        monkeypatch.setattr(engine, "_DEVICES", devices)
+        rows.append(model.generate(**batch_of(), **options))
+    assert sum(patchkit.report(model).steps.values()) == 23
+    assert torch.equal(*rows)
+    assert not torch.equal(rows[0], model.generate(**batch_of(), **options, logit_schedule=None))
+
+
+RECORDABLE = CHOICES | {name: {"logit_schedule": method} for name, method in SCHEDULES.items()}
+
+
+@pytest.mark.parametrize("choice", RECORDABLE)
+def test_the_next_prompt_needs_no_new_recording(choice):
+    model = patchkit.apply(build(), SCHEDULES["wave"])
+    options = {"logit_schedule": None} | RECORDABLE[choice]
+    recipes = []
+    for lengths in ((9, 4, 7), (5, 12, 3)):
+        model.generate(**batch_of(lengths), **options, max_new_tokens=24, pad_token_id=0)
+        parked = model._patchkit.graphs.parked.choice
+        assert parked.capturable
+        recipes.append(parked.recipe)
+    assert recipes[0] == recipes[1]
+
+
+def test_an_unknown_token_is_refused_as_by_transformers():
+    model = patchkit.apply(build())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="vocabulary size is 97"):
+            model.generate(**batch_of(), bad_words_ids=[[VOCAB]], max_new_tokens=4)
+    assert model.generate(**batch_of(), max_new_tokens=4).shape == (3, 13)
+
+
+def test_inputs_embeds_alone_begin_without_ids():
+    model = build()
+    batch = batch_of()
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 5}
+    options |= {"do_sample": False, "eos_token_id": [5, 9], "bad_words_ids": [[3, 4], [8]]}
+    plain, ours = both(model, inputs_embeds=embeds, **batch, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
 
 
 def test_num_return_sequences():

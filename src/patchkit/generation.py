@@ -35,7 +35,7 @@ from patchkit.errors import (
 from patchkit.families import Family
 from patchkit.method import Method, as_slot_value, slot_names
 from patchkit.patch import ActiveCall
-from patchkit.prefill import prefill_chunk_size
+from patchkit.prefill import new_tokens, prefill_chunk_size
 
 if TYPE_CHECKING:
     from patchkit.patch import Patch
@@ -122,7 +122,8 @@ def prefill(
         generation_config.prefill_chunk_size = chunk
     if generation_config.prefill_chunk_size is None:
         return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
-    with store.expecting(input_ids.shape[1] - generation_config.prefill_chunk_size):
+    later = new_tokens(store, input_ids) - generation_config.prefill_chunk_size
+    with store.expecting(max(0, later)):
         return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 

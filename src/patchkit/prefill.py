@@ -1,7 +1,7 @@
 """How many tokens of a prompt the model is fed at a time.
 
 The activations of a forward grow with the number of tokens, and for a long prompt they outgrow the
-weights: 131,072 tokens of Llama-3.1-8B need 20 GB beside 17 GB of keys and values. Feeding the
+weights: 131,072 tokens of Llama-3.1-8B need some 25 GB beside 17 GB of keys and values. Feeding the
 prompt in chunks bounds them, changes nothing in the answers, and from some ten thousand tokens on
 costs next to nothing, because the matrix products are as large as the GPU can use.
 """
@@ -19,8 +19,10 @@ from patchkit.attention.store import KVStore
 from patchkit.attention.store_layer import BUCKET
 from patchkit.compat import CACHE_KEYWORD, CHUNKED_PREFILL_IGNORES_CACHE
 
-_MOST_BYTES = 6e9
-"""Activations of one chunk, at most: enough for 37,000 tokens of Llama-3.1-8B."""
+_MOST_BYTES = 6.5e9
+"""Activations of one chunk, at most: enough for 33,000 tokens of Llama-3.1-8B."""
+
+_DEVICES = ("cuda",)
 
 _SLICED = frozenset({"attention_mask", "position_ids"})
 """Tensors that transformers cuts into chunks along with the ids."""
@@ -42,8 +44,8 @@ def prefill_chunk_size(
         (it would see another prompt in every chunk), the model runs on a CPU, or the call brings
         inputs that cannot be cut.
     """
-    rows, tokens = input_ids.shape
-    if model.device.type != "cuda" or store.eviction is not None or not tokens:
+    rows, tokens = input_ids.shape[0], new_tokens(store, input_ids)
+    if model.device.type not in _DEVICES or store.eviction is not None or not tokens:
         return None
     if store.get_seq_length() and CHUNKED_PREFILL_IGNORES_CACHE:
         return None
@@ -60,6 +62,15 @@ def prefill_chunk_size(
     most = max(most // BUCKET, 1) * BUCKET
     chunks = math.ceil(tokens / most)
     return math.ceil(tokens / chunks / BUCKET) * BUCKET
+
+
+def new_tokens(store: KVStore, input_ids: Tensor) -> int:
+    """Return how many of the ids `[B, P]` the model has yet to see.
+
+    With tokens in the store, callers pass the whole sequence or the new ids alone.
+    """
+    tokens = input_ids.shape[1] - store.get_seq_length()
+    return tokens if tokens > 0 else input_ids.shape[1]
 
 
 def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:

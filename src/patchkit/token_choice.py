@@ -1,6 +1,7 @@
 """Choose the next token of every row on the device, as transformers' own sampling loop does.
 
-transformers' own processors and criteria run as they are, over a preallocated id buffer. Drawing
+Logits processors that `device_processors` can translate, and the end tokens, run on the device over
+a preallocated id buffer; all other processors and criteria run as they are, on the host. Drawing
 takes the random numbers of `torch.multinomial` in the same order, so a seed gives the tokens that
 it gives without patchkit, but nothing waits for the device.
 """
@@ -8,35 +9,20 @@ it gives without patchkit, but nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MinPLogitsWarper,
     StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 from transformers.generation import GenerationConfig
 
-_FUNCTIONS_OF_SCORES = (
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-"""Processors that look at the scores alone, so that a CUDA graph can hold them."""
+from patchkit.device_processors import DeviceProcessor, on_device
 
 
 def draw(scores: Tensor) -> Tensor:
@@ -79,6 +65,7 @@ class TokenChoice:
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._ends: Tensor | None = None
         self._pad: Tensor | None = None
+        self._processors: list[DeviceProcessor | LogitsProcessorList] = []
 
     def begin(
         self,
@@ -101,7 +88,10 @@ class TokenChoice:
         self._unfinished.fill_(True)
         self.alive.fill_(True)
         self.history: tuple[Tensor, ...] | None = None
-        self._processors = processors
+        self._processors = [
+            self._translate(processor, held)
+            for processor, held in zip_longest(processors, self._processors[: len(processors)])
+        ]
         self._sampling = bool(config.do_sample)
         self._criteria = StoppingCriteriaList(
             c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
@@ -120,18 +110,25 @@ class TokenChoice:
             return None if value is None else value.to(self.ids.device, copy=True)
         return held.copy_(value)
 
+    def _translate(
+        self, processor: LogitsProcessor, held: object
+    ) -> DeviceProcessor | LogitsProcessorList:
+        twin = on_device(processor, self.ids, self.length)
+        return LogitsProcessorList([processor]) if twin is None else twin.renewed(held)
+
     @property
     def capturable(self) -> bool:
-        """Whether `choose` depends on the logits alone, so that a CUDA graph can hold it."""
-        plain = all(type(processor) in _FUNCTIONS_OF_SCORES for processor in self._processors)
+        """Whether `choose` needs nothing of the host, so that a CUDA graph can hold it."""
+        plain = all(isinstance(process, DeviceProcessor) for process in self._processors)
         return plain and not self._criteria
 
     @property
     def recipe(self) -> Hashable:
         """What a recording of `choose` has frozen, besides addresses that never change."""
-        held = (self._ends, self._pad)
-        addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in held)
-        return addresses, self._sampling, tuple(map(_settings, self._processors))
+        held = (t for t in (self._ends, self._pad) if t is not None)
+        addresses = tuple((tensor.data_ptr(), tensor.shape) for tensor in held)
+        processors = (p.recipe for p in self._processors if isinstance(p, DeviceProcessor))
+        return addresses, self._sampling, tuple(processors)
 
     def choose(self, logits: Tensor) -> None:
         """Write the next token of every row to `token` and `ids`, and refresh `alive`.
@@ -142,8 +139,11 @@ class TokenChoice:
         Args:
             logits: `[B, V]` float32.
         """
-        if self._processors:
-            logits = self._processors(self.ids[:, : self.length].contiguous(), logits)
+        for process in self._processors:
+            if isinstance(process, DeviceProcessor):
+                logits = process(self.ids, self._column, logits)
+            else:
+                logits = process(self.ids[:, : self.length].contiguous(), logits)
         self.scores = logits
         chosen = draw(logits) if self._sampling else logits.argmax(-1)
         if self._pad is not None:
@@ -167,11 +167,3 @@ class TokenChoice:
     def sequences(self, length: int) -> Tensor:
         """Return the first `length` columns, prompt included, `[B, length]` int64."""
         return self.ids[:, :length].clone()
-
-
-def _settings(processor: LogitsProcessor) -> Hashable:
-    """Describe a processor: its type and fields, tensors by their address."""
-    fields = sorted(vars(processor).items())
-    return type(processor), tuple(
-        (name, value.data_ptr() if isinstance(value, Tensor) else value) for name, value in fields
-    )

@@ -67,6 +67,15 @@ def test_a_started_sequence_is_completed_not_repeated(model):
     ]
 
 
+def test_the_prompt_starts_no_sequence(model):
+    proc = processor(model, max_tokens=0, end_think=SEQUENCE)
+    ids = torch.tensor([[1, END, END], [8, 2, END]])
+    for forced in SEQUENCE:
+        out = proc(ids, torch.zeros(2, VOCAB_SIZE))
+        assert out.argmax(1).tolist() == [forced] * 2
+        ids = torch.cat([ids, out.argmax(1, keepdim=True)], dim=1)
+
+
 def test_a_budget_that_is_not_reached_changes_no_score(model):
     inputs = prompt(rows=2)
     plain = generate(model, None, inputs)

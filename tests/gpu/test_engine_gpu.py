@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import patchkit
-from patchkit import Window
+from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget, Window
 from patchkit.testing import left_padded_batch, tiny_model
+from tests.decoding.helpers import call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,8 +127,9 @@ def test_answers_follow_adapters():
         same()
     for m in (model, plain):
         for module in m.modules():
-            if hasattr(module, "scaling") and isinstance(module.scaling, dict):
-                module.scaling["default"] *= 3
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, dict) and "default" in scaling:
+                scaling["default"] *= 3
     same()
     model.merge_adapter(), plain.merge_adapter()
     same()
@@ -210,6 +212,66 @@ def test_sampling_is_recorded_and_equal_to_transformers():
     torch.manual_seed(3)
     hotter = model.generate(**batch_of(), max_new_tokens=40, **options | {"temperature": 1.5})
     assert not torch.equal(hotter, want)
+
+
+SAMPLED = {"do_sample": True, "top_k": 0}
+PROCESSED = {
+    "repetition": {"repetition_penalty": 1.7},
+    "n-gram": {"no_repeat_ngram_size": 2},
+    "bad words": {"bad_words_ids": [[5], [3, 9], [40, 41], [8, 9, 10]]},
+    "bias": {"sequence_bias": {(5,): -9.0, (3, 9): 4.0, (7, 8, 9): 2.0}},
+    "min length": {"min_length": 25, "eos_token_id": [5, 6, 7, 8, 9]},
+    "min new tokens": {"min_new_tokens": 16, "eos_token_id": [5, 6, 7, 8, 9]},
+    "suppress": {"suppress_tokens": list(range(60))},
+    "suppress at begin": {"begin_suppress_tokens": list(range(50))},
+    "forced eos": {"forced_eos_token_id": [5], "eos_token_id": [96]},
+    "forced bos": {"forced_bos_token_id": 5},
+    "invalid values": {"remove_invalid_values": True},
+    "normalisation": SAMPLED | {"renormalize_logits": True},
+    "epsilon": SAMPLED | {"epsilon_cutoff": 0.02},
+    "eta": SAMPLED | {"eta_cutoff": 0.1},
+    "top-h": SAMPLED | {"top_h": 0.4},
+    "min-p": SAMPLED | {"min_p": 0.2},
+    "typical-p": SAMPLED | {"typical_p": 0.5},
+    "all": {
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[5], [3, 9]],
+        "min_new_tokens": 16,
+        "eos_token_id": [5, 6],
+        "suppress_tokens": [1, 2],
+    }
+    | SAMPLED,
+}  # fmt: skip
+SCHEDULES = {
+    "wave": CyclicReflex(amplitude=9.0, period=8, reflection_tokens=(11, 12), end_think=(7,)),
+    "tip": TIP(delta=4.0, reflection_tokens=(11, 12), end_think=(7, 8)),
+    "tip, thought": TIP(
+        delta=9.0, reflection_tokens=(11, 12), end_think=None, window="thought", windows=((1, 4),)
+    ),
+    "thinking budget": ThinkingBudget(max_tokens=6, end_think=(7, 7, 8)),
+    "budget forcing": BudgetForcing(max_tokens=16, num_ignore=2, wait=(11, 12), end_think=(7,)),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSED | SCHEDULES)
+def test_logits_processors_are_recorded_once_for_all_prompts(name):
+    plain, model = build(), patchkit.apply(build())
+    options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+    options |= PROCESSED.get(name, {"sequence_bias": {(7,): 6.0}})
+    method = SCHEDULES.get(name)
+    for seed, lengths in enumerate([(9, 4, 7), (5, 12, 3)]):
+        torch.manual_seed(seed)
+        own = [] if method is None else [method.logits_processor(call(plain))]
+        want = plain.generate(**batch_of(lengths), **options, logits_processor=own)
+        torch.manual_seed(seed)
+        got = model.generate(**batch_of(lengths), **options, logit_schedule=method)
+        assert torch.equal(got, want)
+    report = patchkit.report(model)
+    assert report.unrecorded is None and not report.host_loops
+    assert report.steps["recorded"] == report.steps["eager"] == 1
+    assert report.steps["replayed"] > 20
+    assert model._patchkit.graphs.parked.choice.capturable
 
 
 def test_a_copy_of_a_patched_model_records_its_own_steps():

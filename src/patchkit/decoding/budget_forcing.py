@@ -53,8 +53,8 @@ from patchkit.decoding.schedule import (
     PrefixProcessor,
     contains,
     force,
-    occurrences,
     progress,
+    with_room,
 )
 from patchkit.decoding.tokens import (
     SequenceSpec,
@@ -62,63 +62,87 @@ from patchkit.decoding.tokens import (
     require_end_think,
     resolve_sequence,
 )
+from patchkit.device_processors import DeviceProcessor
 from patchkit.errors import TokenResolutionError
 
 if TYPE_CHECKING:
     from patchkit.generation import Call
 
 
-class BudgetForcingProcessor(PrefixProcessor):
-    """Replaces the end-of-thinking id by "Wait", and forces it once the budget is spent."""
+def limit_thinking(
+    ids: Tensor,
+    count: Tensor,
+    scores: Tensor,
+    *,
+    start: Tensor,
+    wait_ids: Tensor,
+    end_ids: Tensor,
+    replaced: Tensor,
+    max_tokens: int | None,
+    num_ignore: int,
+) -> Tensor:
+    """Replace the end of thinking by "Wait", and force it once the budget is spent.
 
-    def __init__(
-        self,
-        max_tokens: int | None,
-        num_ignore: int,
-        wait_ids: tuple[int, ...],
-        end_ids: tuple[int, ...],
-    ) -> None:
-        super().__init__()
-        self.max_tokens = max_tokens
-        self.num_ignore = num_ignore
-        self.wait_ids = wait_ids
-        self.end_ids = end_ids
-        self._wait_ids, self._end_ids = torch.tensor(wait_ids), torch.tensor(end_ids)
-        self._seen: Tensor | None = None  # [B, L] the ids of the latest call
-        self._replaced: Tensor | None = None  # [B, n + 1] whether each step replaced the end
+    Args:
+        ids: `[B, W]` int64; see `DeviceProcessor` for `count` and `scores`.
+        start: `[1]` int64, the prompt length.
+        wait_ids: `[w]` int64.
+        end_ids: `[m]` int64.
+        replaced: `[B, W]` bool, for every generated token whether it was chosen in place of the
+            end; false elsewhere. Column `count` is written.
+        max_tokens: See `BudgetForcing`; so is `num_ignore`.
+
+    Returns:
+        `[B, V]`.
+    """
+    thinking = ~contains(ids, count, end_ids, start)
+    inserted = replaced & (ids == wait_ids[0])
+    written = progress(ids, count, wait_ids, start, begins=inserted)
+    ignoring = thinking & (written == 0) & (inserted.sum(1) < num_ignore)
+    spent = torch.zeros_like(thinking)
+    if max_tokens is not None:
+        spent = thinking & (count - start >= max_tokens)
+        ignoring &= ~spent
+    wait, end = (scores.index_select(1, sequence[:1]) for sequence in (wait_ids, end_ids))
+    # Kept for every token, "Wait" or not: a rejected draft may have put another one there.
+    replaced.index_copy_(1, count, ignoring[:, None] & (end > wait))
+
+    moved = scores.index_copy(1, wait_ids[:1], torch.maximum(wait, end))
+    moved = moved.index_fill(1, end_ids[:1], float("-inf"))
+    moved = torch.where(ignoring[:, None], moved, scores)
+    moved = force(moved, wait_ids[written], thinking & (written > 0) & ~spent)
+    return force(moved, end_ids[progress(ids, count, end_ids, start)], spent)
+
+
+class BudgetForcingProcessor(PrefixProcessor):
+    """Runs `limit_thinking`, and knows what was replaced in each prefix it is given.
+
+    On the device a row continues itself from step to step. On the host rows may be reordered by
+    beam search or cut back by a rejected draft.
+    """
+
+    _prompt_length = 0
+    _seen: Tensor | None = None  # [B, L] the ids of the latest call
+    _replaced: Tensor | None = None  # [B, n + 1] whether each step replaced the end
+
+    def on_device(self, ids: Tensor, prompt_length: int) -> DeviceProcessor:
+        """Translate itself, with a buffer as wide as `ids`."""
+        twin = super().on_device(ids, prompt_length)
+        twin.constants["replaced"] = torch.zeros_like(ids, dtype=torch.bool)
+        return twin
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores `[B, V]` for `input_ids [B, prompt + n]`."""
-        generated = self.generated(input_ids)
-        self._wait_ids = self._wait_ids.to(scores.device)
-        self._end_ids = self._end_ids.to(scores.device)
-        thinking = ~contains(generated, self.end_ids)
-        if self.max_tokens is not None and generated.shape[1] >= self.max_tokens:
-            following = self._end_ids[progress(generated, self.end_ids)]
-            return force(scores, following, thinking)
-        wait, end = self.wait_ids[0], self.end_ids[0]
-        replaced = self._recall(input_ids, generated.shape[1])
-        inserted = replaced & (generated == wait)
-        written = self._written(generated, inserted)
-        ignoring = thinking & (written == 0) & (inserted.sum(1) < self.num_ignore)
-        end_wins = ignoring & (scores[:, end] > scores[:, wait])
-        # Kept for every token, "Wait" or not: a rejected draft may have put another one there.
+        length = input_ids.shape[1]
+        if self._twin is None:
+            self._twin, self._prompt_length = self.on_device(input_ids, length), length
+        recalled = self._recall(input_ids, length - self._prompt_length)
+        replaced = nn.functional.pad(recalled, (self._prompt_length, 1))
+        self._twin.constants["replaced"] = replaced
+        scores = self._twin(with_room(input_ids), input_ids.new_full((1,), length), scores)
         self._seen = input_ids.clone()
-        self._replaced = torch.cat([replaced, end_wins[:, None]], dim=1)
-
-        moved = scores.clone()
-        moved[:, wait] = torch.maximum(scores[:, wait], scores[:, end])
-        moved[:, end] = float("-inf")
-        moved = torch.where(ignoring[:, None], moved, scores)
-        return force(moved, self._wait_ids[written], thinking & (written > 0))
-
-    def _written(self, generated: Tensor, inserted: Tensor) -> Tensor:
-        """Count the ids of an inserted, unfinished "Wait" that each row ends with: `[B]`."""
-        written = generated.new_zeros(generated.shape[0], dtype=torch.int64)
-        for length in range(1, min(len(self.wait_ids), generated.shape[1] + 1)):
-            tail = occurrences(generated[:, generated.shape[1] - length :], self.wait_ids[:length])
-            written = torch.where(tail[:, 0] & inserted[:, -length], length, written)
-        return written
+        self._replaced = replaced[:, self._prompt_length :]
+        return scores
 
     def _recall(self, input_ids: Tensor, n: int) -> Tensor:
         """Say for each step so far whether the end was replaced: `[B, n]`; unknown is True.
@@ -130,7 +154,9 @@ class BudgetForcingProcessor(PrefixProcessor):
         if n == 0 or self._seen is None or self._replaced is None or known > self._seen.shape[1]:
             return torch.ones((input_ids.shape[0], n), dtype=torch.bool, device=input_ids.device)
         same = (input_ids[:, None, :known] == self._seen[None, :, :known]).all(-1)  # [B, B_seen]
-        return self._replaced[same.int().argmax(1), :n] | ~same.any(1)[:, None]
+        likely = same.long()
+        likely.diagonal().mul_(2)  # of several, itself: `inputs_embeds` do not show in the ids
+        return self._replaced[likely.argmax(1), :n] | ~same.any(1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -185,7 +211,12 @@ class BudgetForcing(LogitSchedule, name="budget_forcing", slots=("logit_schedule
     def processor(self, ids: Any, call: Call) -> BudgetForcingProcessor:
         """Build the limits of one `generate()` call."""
         wait, end = ids
-        return BudgetForcingProcessor(self.max_tokens, self.num_ignore, wait, end)
+        return BudgetForcingProcessor(
+            limit_thinking,
+            {"wait_ids": wait, "end_ids": end},
+            max_tokens=self.max_tokens,
+            num_ignore=self.num_ignore,
+        )
 
 
 def patch(

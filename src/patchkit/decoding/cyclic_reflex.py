@@ -59,7 +59,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from patchkit.decoding.schedule import BiasProcessor, LogitSchedule, Windows, check_windows
+from patchkit.decoding.schedule import (
+    LogitSchedule,
+    PrefixProcessor,
+    Windows,
+    bias,
+    bias_processor,
+    check_windows,
+)
 from patchkit.decoding.tokens import (
     ReflectionSpec,
     SequenceSpec,
@@ -152,10 +159,11 @@ class CyclicReflex(LogitSchedule, name="cyclic_reflex", slots=("logit_schedule",
             resolve_end_think(self.end_think, tokenizer, vocab_size),
         )
 
-    def processor(self, ids: Any, call: Call) -> BiasProcessor:
+    def processor(self, ids: Any, call: Call) -> PrefixProcessor:
         """Build the wave of one `generate()` call."""
         reflection, end = ids
-        return BiasProcessor(
+        return bias_processor(
+            bias,
             call.backend,
             reflection,
             end,

@@ -2,21 +2,22 @@
 
 A schedule must be a function of the prefix alone. Beam search reorders rows between steps, and
 speculative decoding calls the processors for longer prefixes and then for shorter ones, so nothing
-may be counted from call to call. Everything here reads the generated ids anew, on their device and
-without waiting for it.
+may be counted from call to call. Everything here reads the generated ids anew, with fixed shapes,
+on their device and without waiting for it, so that a recorded decoding step can hold it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 
 from patchkit.decoding.tokens import find_tokenizer
+from patchkit.device_processors import DeviceProcessor, newest, occurrences
 from patchkit.method import Method
 
 if TYPE_CHECKING:
@@ -91,73 +92,98 @@ class LogitSchedule(Method):
 
 
 class PrefixProcessor(LogitsProcessor):
-    """A logits processor that sees the generated ids only.
+    """A function of the generated ids as a logits processor, on the host as on the device.
 
     The prompt length is that of the first call: `generate()` always makes it on the bare prompt,
     and with `inputs_embeds` alone on no ids at all.
-    """
-
-    def __init__(self) -> None:
-        self._prompt_len: int | None = None
-
-    def generated(self, input_ids: Tensor) -> Tensor:
-        """Cut the prompt off: `[B, prompt + n]` -> `[B, n]`."""
-        if self._prompt_len is None:
-            self._prompt_len = input_ids.shape[1]
-        return input_ids[:, self._prompt_len :]
-
-
-class BiasProcessor(PrefixProcessor):
-    """Adds a wave or a constant to the reflection tokens of the rows that are still thinking.
 
     Args:
-        backend: Runs the kernel.
-        token_ids: Reflection tokens.
-        end_ids: The sequence that ends thinking, or None.
-        windows: Ranges of the step in which the bias applies, or None.
-        amplitude: See `patchkit.decoding.reference.logit_wave`; so are `period` and `phase`.
+        function: A module-level function `(ids, count, scores, *, start, **constants, **settings)`
+            as `DeviceProcessor` describes it. `start [1]` int64 is the prompt length.
+        constants: Tensors, numbers in nested sequences, or None for the function's default.
+        settings: Plain values.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        token_ids: Sequence[int],
-        end_ids: Sequence[int] | None,
-        windows: Windows | None,
-        *,
-        amplitude: float,
-        period: int | None = None,
-        phase: float = 0.0,
+        self, function: Callable[..., Tensor], constants: dict[str, Any], **settings: Any
     ) -> None:
-        super().__init__()
-        self.token_ids = torch.tensor(token_ids, dtype=torch.int32)
-        self.end_ids = end_ids
-        self.windows = None if windows is None else torch.tensor(windows, dtype=torch.int32)
-        self._backend = backend
-        self._wave = {"amplitude": amplitude, "period": period, "phase": phase}
+        self.function, self.constants, self.settings = function, constants, settings
+        self._twin: DeviceProcessor | None = None
 
-    def step(self, generated: Tensor) -> Tensor:
-        """Return the position in the schedule of `generated [B, n]`: int32 `[1]` or `[B]`."""
-        n = generated.shape[1]
-        return torch.full((1,), n, dtype=torch.int32, device=generated.device)
+    def on_device(self, ids: Tensor, prompt_length: int) -> DeviceProcessor:
+        """Translate itself; see `patchkit.device_processors.on_device`."""
+        constants = {"start": [prompt_length], **self.constants}
+        return DeviceProcessor.of(self.function, ids.device, constants, **self.settings)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return biased scores `[B, V]` for `input_ids [B, prompt + n]`."""
-        generated = self.generated(input_ids)
-        if self.token_ids.device != scores.device:  # once: the only copy from the host
-            self.token_ids = self.token_ids.to(scores.device)
-            self.windows = None if self.windows is None else self.windows.to(scores.device)
-        return self._backend.run(
-            "decoding",
-            "logit_wave",
-            scores.device,
-            scores.clone(),
-            self.token_ids,
-            self.step(generated),
-            contains(generated, self.end_ids),
-            windows=self.windows,
-            **self._wave,
-        )
+        """Return scores `[B, V]` for `input_ids [B, prompt + n]`."""
+        length = input_ids.shape[1]
+        if self._twin is None:  # once: the only copy from the host
+            self._twin = self.on_device(input_ids, length)
+        return self._twin(with_room(input_ids), input_ids.new_full((1,), length), scores)
+
+
+def with_room(input_ids: Tensor) -> Tensor:
+    """Append a column for the next token, `[B, n]` -> `[B, n + 1]`, as an id buffer has it."""
+    return nn.functional.pad(input_ids, (0, 1))
+
+
+def bias_processor(
+    function: Callable[..., Tensor],
+    backend: Backend,
+    token_ids: Sequence[int],
+    end_ids: Sequence[int] | None,
+    windows: Windows | None,
+    **wave: float | None,
+) -> PrefixProcessor:
+    """Build a processor from `bias`, or from a function that ends in it; see there."""
+    constants = {"token_ids": token_ids, "end_ids": end_ids, "windows": windows}
+    return PrefixProcessor(function, constants, backend=backend, **wave)
+
+
+def bias(
+    ids: Tensor,
+    count: Tensor,
+    scores: Tensor,
+    *,
+    start: Tensor,
+    token_ids: Tensor,
+    backend: Backend,
+    amplitude: float,
+    period: int | None = None,
+    phase: float = 0.0,
+    end_ids: Tensor | None = None,
+    windows: Tensor | None = None,
+    step: Tensor | None = None,
+) -> Tensor:
+    """Add a wave or a constant to the reflection tokens of the rows that are still thinking.
+
+    Args:
+        ids: `[B, W]` int64; see `DeviceProcessor` for `count` and `scores`.
+        start: `[1]` int64, the prompt length.
+        token_ids: `[R]` int64, reflection tokens.
+        backend: Runs the kernel.
+        amplitude: See `patchkit.decoding.reference.logit_wave`; so are `period` and `phase`.
+        end_ids: `[m]` int64, the sequence that ends thinking, or None.
+        windows: `[N, 2]` int64, ranges of the step in which the bias applies, or None.
+        step: `[1]` or `[B]` int64, the position in the schedule; None counts generated tokens.
+
+    Returns:
+        `[B, V]`.
+    """
+    return backend.run(
+        "decoding",
+        "logit_wave",
+        scores.device,
+        scores.clone(),
+        token_ids,
+        count - start if step is None else step,
+        contains(ids, count, end_ids, start),
+        amplitude=amplitude,
+        period=period,
+        phase=phase,
+        windows=windows,
+    )
 
 
 def check_windows(windows: Sequence[Sequence[int]] | None) -> Windows | None:
@@ -182,35 +208,38 @@ def check_windows(windows: Sequence[Sequence[int]] | None) -> Windows | None:
     return tuple((start, end) for start, end in windows)
 
 
-def occurrences(ids: Tensor, sequence: Sequence[int]) -> Tensor:
-    """Mark where `sequence` starts in `ids [B, n]` -> bool `[B, max(n - len + 1, 0)]`."""
-    count = ids.shape[1] - len(sequence) + 1
-    if count <= 0:
-        return ids.new_zeros((ids.shape[0], 0), dtype=torch.bool)
-    # One comparison with a Python int each: a device tensor of the sequence would need a copy.
-    found = ids[:, :count] == sequence[0]
-    for offset, token in enumerate(sequence[1:], start=1):
-        found &= ids[:, offset : offset + count] == token
-    return found
+def contains(ids: Tensor, count: Tensor, sequence: Tensor | None, start: Tensor) -> Tensor:
+    """Say per row whether `sequence [m]` was generated -> bool `[B]`; None never is.
 
-
-def contains(ids: Tensor, sequence: Sequence[int] | None) -> Tensor:
-    """Say per row whether `sequence` occurs in `ids [B, n]` -> bool `[B]`; None never does."""
+    Args:
+        ids: `[B, W]` int64, of which the columns from `start [1]` up to `count [1]` are looked at.
+    """
     if sequence is None:
         return ids.new_zeros(ids.shape[0], dtype=torch.bool)
-    return occurrences(ids, sequence).any(1)
+    return occurrences(ids, count, sequence, start).any(1)
 
 
-def progress(ids: Tensor, sequence: Sequence[int]) -> Tensor:
-    """Count how many tokens of `sequence` the rows of `ids [B, n]` end with -> int64 `[B]`.
+def progress(
+    ids: Tensor, count: Tensor, sequence: Tensor, start: Tensor, begins: Tensor | None = None
+) -> Tensor:
+    """Count how many tokens of `sequence [m]` the generated ids end with -> int64 `[B]`.
 
     The longest proper prefix counts, so emitting `sequence[progress]` from here on always
     completes the sequence.
+
+    Args:
+        ids: `[B, W]` int64, of which the columns from `start [1]` up to `count [1]` are looked at.
+        begins: `[B, W]` bool, where the sequence may have begun; None for everywhere.
     """
-    matched = ids.new_zeros(ids.shape[0], dtype=torch.int64)
-    for length in range(1, min(len(sequence), ids.shape[1] + 1)):
-        tail = occurrences(ids[:, ids.shape[1] - length :], sequence[:length])
-        matched = torch.where(tail[:, 0], length, matched)
+    proper = len(sequence) - 1
+    tail = newest(ids, count, proper, start)
+    allowed = None if begins is None else newest(begins.long(), count, proper, start) == 1
+    matched = ids.new_zeros(ids.shape[0])
+    for length in range(1, proper + 1):
+        ends = (tail[:, -length:] == sequence[:length]).all(1)
+        if allowed is not None:
+            ends &= allowed[:, -length]
+        matched = torch.where(ends, length, matched)
     return matched
 
 

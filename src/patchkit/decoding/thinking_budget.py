@@ -32,7 +32,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from patchkit.decoding.schedule import LogitSchedule, PrefixProcessor, contains, force, progress
@@ -46,23 +45,28 @@ if TYPE_CHECKING:
     from patchkit.generation import Call
 
 
-class ThinkingBudgetProcessor(PrefixProcessor):
-    """Forces the end-of-thinking sequence once the budget is spent."""
+def end_thinking(
+    ids: Tensor,
+    count: Tensor,
+    scores: Tensor,
+    *,
+    start: Tensor,
+    end_ids: Tensor,
+    max_tokens: int,
+) -> Tensor:
+    """Force what is missing of the sequence `end_ids [m]` in rows whose budget is spent.
 
-    def __init__(self, max_tokens: int, end_ids: tuple[int, ...]) -> None:
-        super().__init__()
-        self.max_tokens = max_tokens
-        self.end_ids = end_ids
-        self._end_ids = torch.tensor(end_ids)
+    Args:
+        ids: `[B, W]` int64; see `DeviceProcessor` for `count` and `scores`.
+        start: `[1]` int64, the prompt length.
+        end_ids: `[m]` int64.
+        max_tokens: See `ThinkingBudget`.
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores `[B, V]` for `input_ids [B, prompt + n]`."""
-        generated = self.generated(input_ids)
-        if generated.shape[1] < self.max_tokens:
-            return scores
-        self._end_ids = self._end_ids.to(scores.device)
-        following = self._end_ids[progress(generated, self.end_ids)]
-        return force(scores, following, ~contains(generated, self.end_ids))
+    Returns:
+        `[B, V]`.
+    """
+    overdue = (count - start >= max_tokens) & ~contains(ids, count, end_ids, start)
+    return force(scores, end_ids[progress(ids, count, end_ids, start)], overdue)
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,9 @@ class ThinkingBudget(LogitSchedule, name="thinking_budget", slots=("logit_schedu
         """Resolve the end-of-thinking sequence; raise TokenResolutionError if there is none."""
         return require_end_think(self.end_think, tokenizer, vocab_size)
 
-    def processor(self, ids: Any, call: Call) -> ThinkingBudgetProcessor:
+    def processor(self, ids: Any, call: Call) -> PrefixProcessor:
         """Build the budget of one `generate()` call."""
-        assert self.max_tokens is not None
-        return ThinkingBudgetProcessor(self.max_tokens, ids)
+        return PrefixProcessor(end_thinking, {"end_ids": ids}, max_tokens=self.max_tokens)
 
 
 def patch(model: nn.Module, max_tokens: int | None = 32000, **fields: Any) -> nn.Module:

@@ -43,7 +43,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from patchkit.decoding.schedule import BiasProcessor, LogitSchedule, Windows, check_windows
+from patchkit.decoding.schedule import (
+    LogitSchedule,
+    PrefixProcessor,
+    Windows,
+    bias,
+    bias_processor,
+    check_windows,
+)
 from patchkit.decoding.tokens import (
     ReflectionSpec,
     SequenceSpec,
@@ -52,6 +59,7 @@ from patchkit.decoding.tokens import (
     resolve_end_think,
     resolve_reflection_tokens,
 )
+from patchkit.device_processors import columns, marked
 
 if TYPE_CHECKING:
     from patchkit.generation import Call
@@ -59,17 +67,16 @@ if TYPE_CHECKING:
 Window = Literal["generation", "thought"]
 
 
-class ThoughtProcessor(BiasProcessor):
-    """A bias whose step counts from the newest reflection token."""
-
-    def step(self, generated: Tensor) -> Tensor:
-        """Count the tokens since the start of the current thought of each row: int32 `[B]`."""
-        batch_size, n = generated.shape
-        positions = torch.arange(n, dtype=torch.int32, device=generated.device)
-        starts = torch.isin(generated, self.token_ids.to(generated.dtype)) * positions
-        # The column of zeros stands for the thought that begins with the generation.
-        first = starts.new_zeros((batch_size, 1))
-        return n - torch.cat([first, starts], dim=1).amax(1)
+def bias_thoughts(
+    ids: Tensor, count: Tensor, scores: Tensor, *, start: Tensor, token_ids: Tensor, **rest: Any
+) -> Tensor:
+    """Apply `bias`, its step counted from the newest reflection token of each row."""
+    place, vocab_size = columns(ids), scores.shape[1]
+    known = (place < count) & (ids < vocab_size)
+    opens = marked(token_ids, vocab_size)[torch.where(known, ids, 0)] & known
+    # Tokens of the prompt lie before `start`, so without a newer one it is the first generated.
+    step = count - torch.where(opens, place, start).amax(1)
+    return bias(ids, count, scores, start=start, token_ids=token_ids, step=step, **rest)
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,13 @@ class TIP(LogitSchedule, name="tip", slots=("logit_schedule",)):
             resolve_end_think(self.end_think, tokenizer, vocab_size),
         )
 
-    def processor(self, ids: Any, call: Call) -> BiasProcessor:
+    def processor(self, ids: Any, call: Call) -> PrefixProcessor:
         """Build the penalty of one `generate()` call."""
         reflection, end = ids
-        kind = ThoughtProcessor if self.window == "thought" else BiasProcessor
-        return kind(call.backend, reflection, end, self.windows, amplitude=self.delta)
+        function = bias_thoughts if self.window == "thought" else bias
+        return bias_processor(
+            function, call.backend, reflection, end, self.windows, amplitude=self.delta
+        )
 
 
 def patch(model: nn.Module, delta: float = -3.0, **fields: Any) -> nn.Module:
