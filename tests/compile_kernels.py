@@ -97,8 +97,16 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 
 
 def decoding(dtype: torch.dtype) -> None:
+    from patchkit.decoding.kernels.gated_activation import gated_activation
     from patchkit.decoding.kernels.logit_wave import logit_wave
+    from patchkit.decoding.kernels.rms_norm import rms_norm
 
+    for rows, dim in ((1, 576), (3000, 4096)):
+        x = torch.zeros(rows, dim, dtype=torch.bfloat16)
+        rms_norm(x, x[0], eps=1e-6, round_first=True)
+        rms_norm(x, x[0], eps=1e-6, offset=1.0)
+        for activation in ("silu", "gelu_tanh"):
+            gated_activation(x, x, activation=activation)
     logits = torch.zeros(2, 1000, dtype=dtype)
     ids = torch.tensor([1, 2, 3])
     step, ended = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)

@@ -112,6 +112,21 @@ def test_accelerate_cpu_offload(offload_first):
     patchkit.restore(model)
     assert torch.equal(greedy(model), want)
     remove_hook_from_submodules(model)
+    assert torch.equal(greedy(model), want)
+    forwards = [vars(m).get("forward") for m in model.modules()]
+    assert not any("patchkit" in f.__module__ for f in forwards if f is not None)
+
+
+def test_accelerate_hooks_that_come_and_go():
+    model = patchkit.apply(tiny_model("llama"))
+    before = {name: dict(vars(m)) for name, m in tiny_model("llama").named_modules()}
+    cpu_offload(model, execution_device="cpu")
+    remove_hook_from_submodules(model)
+    patchkit.restore(model)
+    norm = model.model.norm
+    assert "_patchkit" not in vars(norm) and "_old_forward" not in vars(norm)
+    assert vars(norm).keys() - before["model.norm"].keys() <= {"forward"}
+    assert torch.equal(greedy(model), greedy(tiny_model("llama")))
 
 
 def test_accelerate_dispatch():

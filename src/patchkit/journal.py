@@ -39,11 +39,24 @@ class _Attribute:
     old: Any
     new: Any
 
+    @property
+    def before(self) -> Any:
+        """What the attribute was, be it the instance's or its class's."""
+        if self.old is _MISSING:
+            return getattr(type(self.owner), self.name).__get__(self.owner)
+        return self.old
+
+    def _wrapped(self) -> bool:
+        """Whether accelerate has put a hook around our forward, which it keeps for its own."""
+        return self.name == "forward" and self.owner.__dict__.get("_old_forward") is self.new
+
     def in_place(self) -> bool:
-        return self.owner.__dict__.get(self.name, _MISSING) is self.new
+        return self.owner.__dict__.get(self.name, _MISSING) is self.new or self._wrapped()
 
     def undo(self) -> None:
-        if self.old is _MISSING:
+        if self._wrapped():
+            self.owner.__dict__["_old_forward"] = self.before
+        elif self.old is _MISSING:
             del self.owner.__dict__[self.name]
         else:
             self.owner.__dict__[self.name] = self.old
@@ -103,9 +116,7 @@ class Journal:
         """Return what `owner.name` was before the first edit (a bound method of the class, say)."""
         for edit in self._edits:
             if edit.owner is owner and edit.name == name and isinstance(edit, _Attribute):
-                if edit.old is _MISSING:
-                    return getattr(type(owner), name).__get__(owner)
-                return edit.old
+                return edit.before
         return getattr(owner, name)
 
     def displaced(self) -> list[str]:

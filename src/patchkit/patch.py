@@ -47,6 +47,7 @@ class Patch:
         configs: The model's own configuration copies, for `restore`.
         methods: Applied methods in order, each with the modules it acts on.
         skipped: Methods that found nothing to act on, with the reason (`strict=False`).
+        fused: Norms and MLPs that one kernel computes, of how many.
         graphs: Recorded decoding steps.
         host_loops: How many calls ran transformers' own decoding loop on a GPU, by reason.
     """
@@ -58,6 +59,7 @@ class Patch:
         self.configs: list[OwnConfig] = []
         self.methods: list[tuple[Method, tuple[str, ...]]] = []
         self.skipped: list[tuple[Method, str]] = []
+        self.fused: dict[str, tuple[int, int]] = {}
         self.graphs = GraphPool()
         self.host_loops: Counter[str] = Counter()
         self._calls: list[ActiveCall] = []

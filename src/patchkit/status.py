@@ -41,6 +41,7 @@ class PatchReport:
         backend: Backend requested.
         methods: Applied methods in order, then the skipped ones.
         attention_layers: Attention modules served, of how many cache layers.
+        fused: Norms and MLPs that one kernel computes on a GPU, of how many.
         calls: Calls so far, as `{operation: {implementation: count}}`; implementations are `triton`
             (kernel launches), `reference` and `torch` (torch's own fused attention).
         steps: Decoding steps so far on a GPU: `recorded` as a CUDA graph, `replayed`, and run
@@ -60,6 +61,7 @@ class PatchReport:
     backend: str | None = None
     methods: tuple[MethodStatus, ...] = ()
     attention_layers: tuple[int, int] = (0, 0)
+    fused: dict[str, tuple[int, int]] = field(default_factory=dict)
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     unrecorded: str | None = None
@@ -81,6 +83,7 @@ class PatchReport:
             ("model", f"{self.model} ({self.model_type})"),
             ("answers", "exact" if self.exact else "approximate"),
             ("attention", f"{served} of {layers} layers on the KV store"),
+            ("fused", ", ".join(f"{n} of {all_} {what}" for what, (n, all_) in self.fused.items())),
             ("backend", f"requested {self.backend}, used {self._used()}"),
         ]
         for method in self.methods:
@@ -104,6 +107,7 @@ class PatchReport:
                     f"at most {self.kv_stored} stored per head",
                 )
             )
+        rows = [row for row in rows if row[1]]
         rows.append(("in place", "no: " + ", ".join(self.displaced) if self.displaced else "yes"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -141,6 +145,7 @@ def build_report(model: Any, patch: Patch | None) -> PatchReport:
         backend=patch.backend.requested,
         methods=tuple(statuses),
         attention_layers=(sum(layer.storable for layer in layers), len(layers)),
+        fused=dict(patch.fused),
         calls=calls,
         steps={
             "recorded": patch.graphs.captures,

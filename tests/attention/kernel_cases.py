@@ -317,16 +317,26 @@ def _decode_oracle(
     indices: Tensor | None = None,
     index_count: Tensor | None = None,
 ) -> Tensor:
-    """Pick the visible slots of every query one by one, then softmax over these in float64."""
+    """Pick the visible slots of every query one by one, then softmax over these in float64.
+
+    On the CPU: a loop of small operations is slow on a GPU.
+    """
+    device = query.device
+    query, keys, values, position, length, seen = (
+        t.cpu() for t in (query, keys, values, position, length, seen)
+    )
+    sinks, indices, index_count = (
+        None if t is None else t.cpu() for t in (sinks, indices, index_count)
+    )
     batch_size, num_heads, q_len, _ = query.shape
     groups = num_heads // keys.shape[1]
     shape = (batch_size, q_len, num_heads, values.shape[-1])
-    out = torch.zeros(shape, dtype=torch.float64, device=query.device)
+    out = torch.zeros(shape, dtype=torch.float64)
     for b in range(batch_size):
         for head in range(num_heads):
             h = head // groups
             p, n, s = (t[b, h if t.shape[1] > 1 else 0] for t in (position, length, seen))
-            slots = torch.arange(int(n), device=query.device)
+            slots = torch.arange(int(n))
             if indices is not None and index_count is not None:
                 slots = indices[b, h, : int(index_count[b, h])].long()
                 slots = slots[slots < n]
@@ -344,7 +354,7 @@ def _decode_oracle(
                     logits = torch.cat((logits, sinks[head : head + 1].double()))
                 weights = logits.softmax(0)[: len(chosen)]
                 out[b, i, head] = weights @ values[b, h, chosen].double()
-    return out
+    return out.to(device)
 
 
 def check_decode_attention(

@@ -123,7 +123,9 @@ def test_cyclic_reflex_kernel_in_generate():
         want = generated(model, input_ids=ids).sequences
     with patchkit.patched(model, wave):
         got = generated(model, input_ids=ids).sequences
-        assert patchkit.report(model).calls["logit_wave"] == {"triton": 24}
+        # The rest is recorded: once to build the kernels, once to record, and the prompt.
+        assert patchkit.report(model).calls["logit_wave"] == {"triton": 3}
+        assert patchkit.report(model).steps["replayed"] > 20
     assert torch.equal(got, want)
 
 

@@ -2,8 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""What `gated_activation` applies to the gate, by name."""
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, round_first: bool = False
+) -> Tensor:
+    """Divide every row by its root mean square, then multiply by the weight, in float32.
+
+    Args:
+        x: `[..., D]`, any float dtype.
+        weight: `[D]`, as `x`.
+        eps: Added to the mean square.
+        offset: Added to the weight: 1 for Gemma, else 0.
+        round_first: Round to the dtype of `x` before the product with the weight as well as after
+            (Llama and most others; not Gemma, gpt-oss and OLMo 2).
+
+    Returns:
+        `[..., D]`, in the dtype of `x`.
+
+    Source: Root Mean Square Layer Normalization, arXiv 1910.07467. Differs: none.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = x.to(wide)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    if round_first:
+        normed = normed.to(x.dtype)
+    return (normed * (weight.to(normed.dtype) + offset)).to(x.dtype)
+
+
+def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+    """Multiply `up` by the activation of `gate`, which is rounded in between.
+
+    Args:
+        gate: `[..., I]`, any float dtype.
+        up: As `gate`.
+        activation: `"silu"` or `"gelu_tanh"`.
+
+    Returns:
+        `[..., I]`, in the dtype of `gate`.
+
+    Source: GLU Variants Improve Transformer, arXiv 2002.05202. Differs: none.
+    """
+    return ACTIVATIONS[activation](gate) * up
 
 
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:
