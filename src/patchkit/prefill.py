@@ -1,9 +1,8 @@
 """How many tokens of a prompt the model is fed at a time.
 
-The activations of a forward grow with the number of tokens, and for a long prompt they outgrow the
-weights: 131,072 tokens of Llama-3.1-8B need some 25 GB beside 17 GB of keys and values. Feeding the
-prompt in chunks bounds them, changes nothing in the answers, and from some ten thousand tokens on
-costs next to nothing, because the matrix products are as large as the GPU can use.
+The activations of a forward grow with the number of tokens; from some hundred thousand on they
+outgrow the weights. Feeding such a prompt in chunks bounds them and changes nothing in the answers.
+A prompt that fits is fed at once, because attention inside one chunk is the fastest there is.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from patchkit.attention.store import KVStore
 from patchkit.attention.store_layer import BUCKET
 from patchkit.compat import CACHE_KEYWORD, CHUNKED_PREFILL_IGNORES_CACHE
 
-_MOST_BYTES = 6.5e9
-"""Activations of one chunk, at most: enough for 33,000 tokens of Llama-3.1-8B."""
+_MOST_BYTES = 26e9
+"""Activations of one chunk, at most: those of 131,072 tokens of Llama-3.1-8B."""
 
 _DEVICES = ("cuda",)
 

@@ -81,6 +81,9 @@ def test_gated_activation(shape, activation, dtype):
         got = implementation(gate, up, activation=activation)
         assert got.dtype == dtype
         check(got, oracle, 2, slack=8 + 2 * exponent, least=cancelled)
+        own = gate.clone()
+        assert implementation(own, up, activation=activation, out=own) is own
+        assert torch.equal(own, got)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_gated_activation(shape, activation, dtype):
         lambda: rms_norm(random(2, 8), random(8).half(), eps=1e-6),
         lambda: gated_activation(random(2, 8), random(2, 7), activation="silu"),
         lambda: gated_activation(random(2, 8), random(2, 8), activation="relu"),
+        lambda: gated_activation(*[random(2, 8)] * 2, activation="silu", out=random(8, 2).mT),
     ],
 )
 def test_wrong_arguments_are_refused(call):
@@ -197,11 +201,13 @@ def test_adapters_and_hooks_inside_a_fused_mlp_still_act():
     config = LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(0)
     model = get_peft_model(tiny_model("llama").to(DEVICE), config)
-    ids, seen = torch.tensor([[3, 4, 5]], device=DEVICE), []
+    ids, seen, gates = torch.tensor([[3, 4, 5]], device=DEVICE), [], []
     with torch.no_grad():
         want = model(ids).logits
         patchkit.apply(model, backend="triton")
         mlp = model.get_base_model().model.layers[0].mlp
         mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+        mlp.gate_proj.register_forward_hook(lambda _m, _i, out: gates.append((out, out.clone())))
         torch.testing.assert_close(model(ids).logits, want, atol=2e-4, rtol=2e-4)
-    assert seen and "gated_activation" in patchkit.report(model).calls
+    assert all(torch.equal(*pair) for pair in gates), "what a hook holds must not change"
+    assert gates and seen and "gated_activation" in patchkit.report(model).calls

@@ -42,20 +42,24 @@ def rms_norm(
     return (normed * (weight.to(normed.dtype) + offset)).to(x.dtype)
 
 
-def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+def gated_activation(
+    gate: Tensor, up: Tensor, *, activation: str, out: Tensor | None = None
+) -> Tensor:
     """Multiply `up` by the activation of `gate`, which is rounded in between.
 
     Args:
         gate: `[..., I]`, any float dtype.
         up: As `gate`.
         activation: `"silu"` or `"gelu_tanh"`.
+        out: As `gate`; may be `gate` itself. Written and returned if given.
 
     Returns:
         `[..., I]`, in the dtype of `gate`.
 
     Source: GLU Variants Improve Transformer, arXiv 2002.05202. Differs: none.
     """
-    return ACTIVATIONS[activation](gate) * up
+    product = ACTIVATIONS[activation](gate) * up
+    return product if out is None else out.copy_(product)
 
 
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:

@@ -31,13 +31,16 @@ def _gated_activation_kernel(
     tl.store(out_ptr + offs, (activated * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+def gated_activation(
+    gate: Tensor, up: Tensor, *, activation: str, out: Tensor | None = None
+) -> Tensor:
     """Multiply `up` by the activation of `gate`, which is rounded in between.
 
     Args:
         gate: `[..., I]`, float32/float16/bfloat16.
         up: As `gate`.
         activation: `"silu"` or `"gelu_tanh"`.
+        out: As `gate`, contiguous; may be `gate` itself. Written and returned if given.
 
     Returns:
         `[..., I]`, contiguous, in the dtype of `gate`.
@@ -53,7 +56,13 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
             f"{list(up.shape)} on {up.device}"
         )
     gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
+    if out is None:
+        out = torch.empty_like(gate)
+    elif out.shape != gate.shape or out.dtype != gate.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected contiguous {gate.dtype} {list(gate.shape)}, got {out.dtype} "
+            f"{list(out.shape)} with strides {out.stride()}"
+        )
     if out.numel() == 0:
         return out
     block = 1024 if out.numel() < 1 << 20 else 4096
