@@ -21,6 +21,7 @@ VOCAB = 97
 def narrow(monkeypatch):
     """Let the CPU be served, with room for the activations of 1,000 tokens."""
     monkeypatch.setattr(prefill, "_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(prefill, "_LEAST_BYTES", 0)
     monkeypatch.setattr(prefill, "free_bytes", lambda device: 1 << 40)
     model = tiny_model("llama")
     per_token = activation_bytes(model.config, 4)
@@ -46,6 +47,13 @@ def test_room_for_the_cache_is_left(narrow, monkeypatch):
     cache = 900 * kv_bytes(config, 4)
     monkeypatch.setattr(prefill, "free_bytes", lambda _: cache + 1000 * activation_bytes(config, 4))
     assert chunk(narrow, 1, 900) == 256  # half of what is left
+
+
+def test_a_short_prompt_asks_nobody(narrow, monkeypatch):
+    monkeypatch.setattr(prefill, "free_bytes", lambda device: 0)
+    assert chunk(narrow, 1, 300) == 256
+    monkeypatch.setattr(prefill, "_LEAST_BYTES", 1e9)
+    assert chunk(narrow, 1, 300) is None
 
 
 def test_what_cannot_be_cut_is_fed_at_once(narrow):

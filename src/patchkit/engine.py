@@ -224,16 +224,17 @@ def _obstacle(
 
 
 def _module_obstacle(model: PreTrainedModel, patch: Patch) -> str | None:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        return f"the weights lie on {sorted(map(str, devices))}"
+    devices: set[torch.device] = set()
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
+        if "_hf_hook" in vars(module):
             return f"accelerate moves the weights or inputs of {name or 'the model'}"
         if module._compiled_call_impl is not None:
             return f"{name or 'the model'} is compiled"
         if _foreign_hooks(module, patch):
             return f"{name or 'the model'} has forward hooks"
+        devices.update(p.device for p in module._parameters.values() if p is not None)
+    if len(devices) != 1:
+        return f"the weights lie on {sorted(map(str, devices))}"
     return None
 
 

@@ -21,6 +21,9 @@ from patchkit.compat import CACHE_KEYWORD, CHUNKED_PREFILL_IGNORES_CACHE
 _MOST_BYTES = 26e9
 """Activations of one chunk, at most: those of 131,072 tokens of Llama-3.1-8B."""
 
+_LEAST_BYTES = 1e9
+"""Activations for which it is not worth asking the driver how much memory is free."""
+
 _DEVICES = ("cuda",)
 
 _SLICED = frozenset({"attention_mask", "position_ids"})
@@ -54,6 +57,8 @@ def prefill_chunk_size(
         return None
     config = model.config.get_text_config(decoder=True)
     per_token = activation_bytes(config, model.dtype.itemsize)
+    if rows * tokens * per_token < _LEAST_BYTES:
+        return None
     free = free_bytes(model.device) - rows * tokens * kv_bytes(config, model.dtype.itemsize)
     most = int(min(_MOST_BYTES, max(free, 0) / 2) / per_token / rows)
     if tokens <= most:
