@@ -1,5 +1,6 @@
 """Whole `generate()` calls: transformers as is, its static cache with compile, patchkit, the floor.
 
+    python examples/benchmarks/bench_generate.py --table          # 8b shape, 6 minutes on an H200
     python examples/benchmarks/bench_generate.py --shape 8b --cases 1x512 1x32768 --new-tokens 256
     python examples/benchmarks/bench_generate.py --shape smollm2 --cases 1x512
 
@@ -17,16 +18,55 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from harness import copy_rate, device_name, record
+import torch.nn.functional as F
+from harness import copy_rate, device_name, record, time_ms
 from models import load
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from triton import knobs
 
 import patchkit
 
-PROVIDERS = ("transformers", "static + compile", "patchkit")
+HF, STATIC, PATCHKIT = PROVIDERS = ("transformers", "static + compile", "patchkit")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of prompts, and how much of it is measured.
+
+    Attributes:
+        batch_size: Rows.
+        length: Prompt tokens per row.
+        rounds: Of one prefill and one whole call; see `measure`.
+        providers: In order.
+        new_tokens: Per row.
+        reference_tokens: The same for transformers as is, which is slow.
+    """
+
+    batch_size: int
+    length: int
+    rounds: int = 3
+    providers: tuple[str, ...] = PROVIDERS
+    new_tokens: int = 256
+    reference_tokens: int = 32
+
+
+TABLE = (
+    Case(1, 512, rounds=2),
+    Case(1, 8192, rounds=1, providers=(HF, PATCHKIT), reference_tokens=16),
+    Case(1, 32768, rounds=1, providers=(HF, PATCHKIT), reference_tokens=16),
+    Case(16, 2048, rounds=1, providers=(HF, PATCHKIT), new_tokens=128, reference_tokens=16),
+    Case(64, 2048, rounds=1, providers=(PATCHKIT,), new_tokens=128),
+    Case(64, 2048, rounds=0, providers=(HF,), new_tokens=128, reference_tokens=16),
+    Case(1, 131072, rounds=0, providers=(PATCHKIT, HF), new_tokens=128, reference_tokens=8),
+    Case(16, 32768, rounds=0, providers=(PATCHKIT, HF), new_tokens=64, reference_tokens=8),
+    Case(1, 32768, rounds=1, providers=(STATIC,), new_tokens=64),
+    Case(16, 2048, rounds=1, providers=(STATIC,), new_tokens=32),
+)
+"""The README's table; the longest prompts come last and once, compiling after everything else."""
 
 
 def call(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options):
@@ -69,7 +109,7 @@ def measure(
     Only transformers as is returns logits. Without rounds, one call for one token and one whole
     call make all figures, warm-up included: for cases that take minutes.
     """
-    options = {"cache_implementation": "static"} if provider.startswith("static") else {}
+    options = {"cache_implementation": "static"} if provider == STATIC else {}
     detailed = {"return_dict_in_generate": True, "output_logits": True}
     answers: list = []
 
@@ -82,14 +122,14 @@ def measure(
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    reference = provider == "transformers"
+    reference = provider == HF
     figures: dict[str, list[float]] = {}
     if rounds:
         with kernel_compilation() as built:
             first = whole()
         times = [(prefill(), whole()) for _ in range(rounds)]
         later = sorted(w for _, w in times)[rounds // 2]
-        if provider == "patchkit":
+        if provider == PATCHKIT:
             figures["kernel compilation"] = [sum(built) * 1e3]
             first -= sum(built)
         figures["first call over a later one"] = [(first - later) * 1e3]
@@ -131,44 +171,75 @@ def floor_ms(model: PreTrainedModel, batch_size: int, length: int, rate: float) 
     return (weights + batch_size * length * token) / rate * 1e3
 
 
+def prefill_parts_ms(model: PreTrainedModel, batch_size: int, length: int) -> float:
+    """Time what a prefill cannot do without: the products of every layer, and cuDNN's attention."""
+    config = model.config
+    layers = config.num_hidden_layers
+    linears = [m for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {
+        width: torch.randn(batch_size * length, width, device="cuda", dtype=model.dtype)
+        for width in {linear.in_features for linear in linears}
+    }
+
+    def median(run: Callable[[], object]) -> float:
+        return sorted(time_ms(run, 3, 1))[1]
+
+    total = sum(median(lambda m=m: m(inputs[m.in_features])) for m in linears)
+    inputs.clear()
+    width = config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    query, key, value = (
+        torch.randn(batch_size, h, length, width, device="cuda", dtype=model.dtype) for h in heads
+    )
+    causal = {"is_causal": True, "enable_gqa": True}
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        total += median(lambda: F.scaled_dot_product_attention(query, key, value, **causal))
+    return total * layers
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=["8b", "smollm2"], default="8b")
+    parser.add_argument("--table", action="store_true", help="all cases of the README's table")
     parser.add_argument("--cases", nargs="+", default=["1x512"], help="batch x prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--reference-tokens", type=int, default=32, help="for transformers as is")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     args = parser.parse_args()
+    numbers = (args.new_tokens, args.reference_tokens)
+    sizes = [tuple(map(int, case.split("x"))) for case in args.cases]
+    cases = [Case(*size, args.rounds, tuple(args.providers), *numbers) for size in sizes]
     print(f"on {device_name()}")
     rate = copy_rate()
     record("generate", "copy of 4 GiB", "torch", "rate", "GB/s", [rate / 1e9])
     model = load(args.shape, "cuda")
-    for case in args.cases:
-        batch_size, length = map(int, case.split("x"))
-        compare(model, batch_size, length, args, rate)
+    for case in TABLE if args.table else cases:
+        compare(model, args.shape, case, rate)
 
 
-def compare(
-    model: PreTrainedModel, batch_size: int, length: int, args: argparse.Namespace, rate: float
-) -> None:
+def compare(model: PreTrainedModel, shape: str, case: Case, rate: float) -> None:
+    batch_size, length = case.batch_size, case.length
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = (batch_size, length)
-    ids = torch.randint(5, model.config.vocab_size - 5, shape, device="cuda", generator=generator)
-    config = f"{args.shape} B{batch_size} S{length} +{args.new_tokens} bf16"
+    size = (batch_size, length)
+    ids = torch.randint(5, model.config.vocab_size - 5, size, device="cuda", generator=generator)
+    config = f"{shape} B{batch_size} S{length} +{case.new_tokens} bf16"
     answers, logits = {}, None
-    floor = floor_ms(model, batch_size, length + args.new_tokens // 2, rate)
+    floor = floor_ms(model, batch_size, length + case.new_tokens // 2, rate)
     record("generate", config, "floor", "token", "ms", [floor])
-    for provider in args.providers:
-        new_tokens = args.reference_tokens if provider == "transformers" else args.new_tokens
-        if provider == "patchkit":
+    if shape == "8b" and batch_size == 1 and length >= 8192 and PATCHKIT in case.providers:
+        parts = prefill_parts_ms(model, batch_size, length)
+        record("generate", config, "products + cuDNN", "first token", "ms", [parts])
+    for provider in case.providers:
+        new_tokens = case.reference_tokens if provider == HF else case.new_tokens
+        if provider == PATCHKIT:
             patchkit.apply(model)
         try:
             figures, answers[provider], kept = measure(
-                model, ids, provider, new_tokens, args.rounds
+                model, ids, provider, new_tokens, case.rounds
             )
             logits = logits or kept
         except torch.OutOfMemoryError:
@@ -186,13 +257,13 @@ def compare(
         for metric, values in figures.items():
             unit = "GB" if metric == "peak memory" else "ms"
             record("generate", config, provider, metric, unit, values)
-    if {"transformers", "patchkit"} <= answers.keys():
+    if {HF, PATCHKIT} <= answers.keys():
         shared = min(answer.shape[1] for answer in answers.values())
-        same = answers["patchkit"][:, :shared] == answers["transformers"][:, :shared]
+        same = answers[PATCHKIT][:, :shared] == answers[HF][:, :shared]
         share = same.double().mean().item()
-        record("generate", config, "patchkit", "same tokens", "share", [share])
-        gap = largest_gap(answers["transformers"], logits, answers["patchkit"])
-        record("generate", config, "patchkit", "largest gap", "logits", [gap])
+        record("generate", config, PATCHKIT, "same tokens", "share", [share])
+        gap = largest_gap(answers[HF], logits, answers[PATCHKIT])
+        record("generate", config, PATCHKIT, "largest gap", "logits", [gap])
 
 
 if __name__ == "__main__":
