@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -23,6 +27,7 @@ from patchkit import (
     Window,
     engine,
 )
+from patchkit.step_graph import fingerprint
 from patchkit.testing import left_padded_batch, tiny_model, tiny_tokenizer
 from patchkit.token_choice import draw
 
@@ -48,8 +53,8 @@ def batch_of(lengths=(9, 4, 7)):
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
-def both(model, *methods, **kwargs):
-    """Generate without and with patchkit, from the same seed."""
+def both(model, *methods, steps=True, **kwargs):
+    """Generate without and with patchkit, from the same seed; `steps`: more than one token."""
     outputs = []
     for patched in (False, True):
         torch.manual_seed(7)
@@ -62,7 +67,7 @@ def both(model, *methods, **kwargs):
             )
         )
     report = patchkit.report(model)
-    assert sum(report.steps.values()) > 0 and not report.host_loops
+    assert (sum(report.steps.values()) > 0 or not steps) and not report.host_loops
     patchkit.restore(model)
     return outputs
 
@@ -194,7 +199,9 @@ def chi_square(counts, probabilities):
 def test_draws_follow_the_softmax():
     scores = torch.tensor([1.5, 0.0, -0.5, 0.7, 0.1, -1.0], device=DEVICE)
     torch.manual_seed(0)
-    drawn = draw(scores.expand(60_000, -1)).bincount(minlength=6).double().cpu()
+    tokens, sound = draw(scores.expand(60_000, -1))
+    drawn = tokens.bincount(minlength=6).double().cpu()
+    assert sound
     probabilities = scores.double().softmax(-1).cpu()
     # 5 degrees of freedom: exceeded once in a thousand times.
     assert chi_square(drawn, probabilities) < 20.5
@@ -421,3 +428,243 @@ def test_the_mode_may_come_from_a_configuration():
     with patchkit.patched(model):
         got = model.generate(**batch_of(), max_new_tokens=8, do_sample=False)
     assert torch.equal(got, want)
+
+
+# -- calls that must not disturb each other --------------------------------------------------
+
+
+def second_turn(model, out, **kwargs):
+    """Continue from what a call returned."""
+    more = torch.cat([out.sequences, out.sequences[:, :4]], dim=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    return model.generate(more, **with_cache(out.past_key_values), **options, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "host_loop",
+    [
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"output_hidden_states": True},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_a_store_that_a_caller_holds_is_never_used_again(host_loop):
+    model, ids = build(), {"input_ids": batch_of((9,))["input_ids"]}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    returned = options | {"return_dict_in_generate": True} | host_loop
+    want = second_turn(model, model.generate(**ids, **returned))
+    patchkit.apply(model)
+    model.generate(**ids, **options)  # parks its store
+    out = model.generate(**ids, **returned)
+    columns = out.past_key_values.get_seq_length()
+    model.generate(**batch_of((5,)), **options)
+    assert out.past_key_values.get_seq_length() == columns
+    assert torch.equal(second_turn(model, out), want)
+
+
+def test_a_call_inside_a_call_has_a_store_of_its_own():
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            inner.append(model.generate(**batch_of((5,)), max_new_tokens=3, do_sample=False))
+            return scores
+
+    model, inner = patchkit.apply(build()), []
+    options = {"max_new_tokens": 5, "do_sample": False}
+    want = model.generate(**batch_of((9,)), **options)
+    for host_loop in ({}, {"num_beams": 2}):
+        got = model.generate(
+            **batch_of((9,)), **options, **host_loop, logits_processor=LogitsProcessorList([Asks()])
+        )
+        assert got.shape == want.shape
+    assert len(inner) == 10 and all(torch.equal(inner[0], other) for other in inner)
+
+
+def test_a_model_that_drafted_for_another_is_served_again():
+    small, big = patchkit.apply(build()), build()
+    ids = {"input_ids": batch_of((9,))["input_ids"]}
+    want = small.generate(**ids, max_new_tokens=8, do_sample=False)
+    big.generate(**ids, assistant_model=small, max_new_tokens=8, do_sample=False)
+    loops = dict(patchkit.report(small).host_loops)
+    assert torch.equal(small.generate(**ids, max_new_tokens=8, do_sample=False), want)
+    assert patchkit.report(small).host_loops == loops
+
+
+def test_inference_mode_leaves_nothing_behind():
+    model = patchkit.apply(build())
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    want = model.generate(**batch_of(), **options).sequences
+    for _ in range(2):
+        with torch.inference_mode():
+            out = model.generate(**batch_of(), **options)
+            model.generate(**batch_of(), max_new_tokens=8, min_new_tokens=2)
+        assert torch.equal(out.sequences, want)
+        assert torch.equal(model.generate(**batch_of(), **options).sequences, want)
+        more = torch.cat([want, want[:, :3]], dim=1)
+        mask = torch.ones_like(more)
+        mask[:, :9] = batch_of()["attention_mask"]
+        store = with_cache(out.past_key_values)
+        model.generate(more, attention_mask=mask, **store, max_new_tokens=3)
+
+
+def test_values_of_an_earlier_call_do_not_linger():
+    model = patchkit.apply(build(), backend="reference")
+    weight, outputs = model.model.layers[0].self_attn.v_proj.weight.data, []
+    for factor in (1.0, float("nan"), 1.0):
+        kept = weight.clone()
+        weight *= factor
+        outputs.append(
+            model.generate(**batch_of(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        )
+        weight.copy_(kept)
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_threads_take_turns():
+    model = patchkit.apply(build())
+    want = model.generate(**batch_of(), max_new_tokens=12, do_sample=False)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(model.generate, **batch_of(), max_new_tokens=12, do_sample=False)
+            for _ in range(6)
+        ]
+    assert all(torch.equal(call.result(), want) for call in calls)
+
+
+def test_hidden_states_asked_for_once_do_not_end_the_fast_path():
+    model = patchkit.apply(build())
+    options = {"max_new_tokens": 4, "do_sample": False}
+    model.generate(**batch_of(), **options, output_hidden_states=True, return_dict_in_generate=True)
+    before = sum(patchkit.report(model).steps.values())
+    model.generate(**batch_of(), **options)
+    assert sum(patchkit.report(model).steps.values()) > before
+
+
+def test_hooks_on_all_modules_are_an_obstacle():
+    model, seen = patchkit.apply(build()), []
+    register = torch.nn.modules.module.register_module_forward_hook
+    handle = register(lambda *_: seen.append(1))
+    model.generate(**batch_of(), max_new_tokens=4, do_sample=False)
+    handle.remove()
+    assert seen and "every module has forward hooks" in patchkit.report(model).host_loops
+
+
+# -- limits and random numbers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "criteria",
+    [
+        [MaxLengthCriteria(5)],
+        [MaxLengthCriteria(16), MaxLengthCriteria(12)],
+        [EosTokenCriteria(torch.tensor([5, 6, 7])), EosTokenCriteria(torch.tensor([40]))],
+    ],
+)
+def test_criteria_may_come_twice_or_be_met_at_once(criteria):
+    ids = {"input_ids": batch_of((9,))["input_ids"]}
+    for criterion in criteria:
+        if hasattr(criterion, "eos_token_id"):
+            criterion.eos_token_id = criterion.eos_token_id.to(DEVICE)
+    options = {"do_sample": False, "stopping_criteria": StoppingCriteriaList(criteria)}
+    plain, ours = both(build(), **ids, **options, eos_token_id=None, steps=False)
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+def test_an_endless_limit_is_left_to_transformers():
+    model = patchkit.apply(build())
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 12, device=DEVICE)
+
+    criteria = StoppingCriteriaList([After()])
+    model.generate(**batch_of(), max_length=10**8, stopping_criteria=criteria, do_sample=False)
+    assert any("maximum length" in reason for reason in patchkit.report(model).host_loops)
+
+
+def test_draws_past_the_end_are_given_back():
+    model = build()
+    options = {"do_sample": True, "eos_token_id": list(range(3, 60)), "pad_token_id": 0}
+    rows = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        rows.append([model.generate(**batch_of(), max_new_tokens=40, **options) for _ in range(3)])
+        patchkit.apply(model) if len(rows) == 1 else None
+    assert rows[0][0].shape[1] < 40
+    for want, got in zip(*rows, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_processors_keep_what_they_got_and_see_nothing_past_the_end():
+    class Keeps(LogitsProcessor):
+        def __init__(self):
+            self.kept, self.copies = [], []
+
+        def __call__(self, input_ids, scores):
+            self.kept += [input_ids, scores]
+            self.copies += [input_ids.clone(), scores.clone()]
+            return scores
+
+    model, seen = build(), [Keeps(), Keeps()]
+    ends = tokens_that_end(model, 3)
+    ids = {"input_ids": batch_of((9,))["input_ids"]}
+    options = {"do_sample": False, "eos_token_id": ends, "max_new_tokens": 60, "pad_token_id": 0}
+    for keeps in seen:
+        processors = LogitsProcessorList([keeps])
+        model.generate(**ids, **options, logits_processor=processors)
+        patchkit.apply(model) if keeps is seen[0] else None
+    model.generate(**ids, **options)
+    assert len(seen[0].kept) == len(seen[1].kept)
+    assert all(map(torch.equal, seen[1].kept, seen[1].copies))
+
+
+def test_nan_logits_raise_as_they_do_without_patchkit():
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores * float("nan")
+
+    model = build()
+    options = {"do_sample": True, "logits_processor": LogitsProcessorList([Broken()])}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="nan|NaN"):
+            model.generate(**batch_of(), max_new_tokens=5, **options)
+        patchkit.apply(model) if not patchkit.report(model).patched else None
+    assert model.generate(**batch_of(), max_new_tokens=5, do_sample=True).shape[1] > 9
+
+
+# -- fingerprints ----------------------------------------------------------------------------------
+
+
+def test_replacements_are_never_taken_for_each_other():
+    model, prints = build(), []
+    mlp = model.model.layers[0].mlp
+    for factor in range(6):
+        mlp.forward = lambda x, f=factor: x * f
+        prints.append(fingerprint(model))
+    assert len(set(prints)) == 6
+
+
+def test_fingerprints_see_classes_switches_and_fields():
+    class Steer:
+        alpha = 1.0
+
+        def __init__(self):
+            self.beta = 2.0
+
+    class Other(torch.nn.Linear):
+        pass
+
+    model = build()
+    layer = model.model.layers[0]
+    layer.steer = Steer()
+    prints = {fingerprint(model)}
+    layer.steer.beta = 3.0
+    prints.add(fingerprint(model))
+    layer.mlp.up_proj.__class__ = Other
+    prints.add(fingerprint(model))
+    torch.backends.cuda.matmul.allow_tf32 ^= True
+    prints.add(fingerprint(model))
+    torch.backends.cuda.matmul.allow_tf32 ^= True
+    model.half()
+    prints.add(fingerprint(model))
+    assert len(prints) == 5 and fingerprint(model) in prints

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import GenerationConfig, LlamaConfig, Qwen3MoeConfig
+from transformers.cache_utils import DynamicLayer
 
 import patchkit
 from patchkit import KVStore, Window, prefill
@@ -29,9 +30,10 @@ def narrow(monkeypatch):
     return patchkit.apply(model)
 
 
-def chunk(model, rows, tokens, store=None, **model_kwargs):
+def chunk(model, rows, tokens, store=None, config=None, **model_kwargs):
     ids = torch.ones(rows, tokens, dtype=torch.int64)
-    return prefill_chunk_size(model, store or KVStore(model), ids, model_kwargs)
+    config = config or GenerationConfig()
+    return prefill_chunk_size(model, store or KVStore(model), ids, config, model_kwargs)
 
 
 def test_chunks_are_even_and_fit(narrow):
@@ -44,7 +46,7 @@ def test_chunks_are_even_and_fit(narrow):
 
 def test_room_for_the_cache_is_left(narrow, monkeypatch):
     config = narrow.config
-    cache = 900 * kv_bytes(config, 4)
+    cache = kv_bytes(config, [None] * config.num_hidden_layers, 900, 4)
     monkeypatch.setattr(prefill, "free_bytes", lambda _: cache + 1000 * activation_bytes(config, 4))
     assert chunk(narrow, 1, 900) == 256  # half of what is left
 
@@ -61,6 +63,8 @@ def test_what_cannot_be_cut_is_fed_at_once(narrow):
     assert chunk(narrow, 1, 2000, position_ids=positions) is None
     assert chunk(narrow, 1, 2000, position_ids=positions[0]) is not None
     assert chunk(narrow, 1, 2000, token_type_ids=positions[0]) is None
+    assert chunk(narrow, 1, 2000, pixel_values=[positions]) is None
+    assert chunk(narrow, 1, 2000, config=GenerationConfig(output_hidden_states=True)) is None
     patchkit.apply(narrow, Window(budget=64))
     assert chunk(narrow, 1, 2000) is None
 
@@ -93,6 +97,28 @@ def test_answers_and_slots_are_those_of_a_prefill_in_one_go(narrow, monkeypatch,
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+def test_layers_with_a_state_of_their_own_are_fed_at_once(narrow):
+    store = KVStore(narrow)
+    store.layers[0] = DynamicLayer()
+    assert chunk(narrow, 1, 2000, store) is None
+
+
+def test_slots_do_not_outgrow_the_prompt(narrow):
+    """A store that holds some slots already gets as many as the prompt needs, at once."""
+    ids = torch.randint(1, VOCAB, (1, 1300))
+    store = KVStore(narrow)
+    with torch.no_grad(), store.expecting(ids.shape[1]):
+        for part in ids[:, :600].split(256, dim=1):
+            narrow(part, **with_cache(store))
+    capacities = [layer.capacity for layer in store.store_layers]
+    assert capacities == [1536] * len(capacities)
+    store.restart()
+    with torch.no_grad(), store.expecting(1700):
+        for part in ids.split(256, dim=1):
+            narrow(part, **with_cache(store))
+            assert {layer.capacity for layer in store.store_layers} == {1792}
+
+
 def test_a_second_turn_counts_its_new_tokens_only(narrow):
     ids = torch.randint(1, VOCAB, (1, 900))
     store = KVStore(narrow)
@@ -111,7 +137,8 @@ def test_estimates():
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8,
     )  # fmt: skip
-    assert kv_bytes(llama, 2) == 131_072
+    assert kv_bytes(llama, [None] * 32, 1, 2) == 131_072
+    assert kv_bytes(llama, [None, 100], 1000, 2) == 1100 * 4096
     assert 131_072 * activation_bytes(llama, 2) == pytest.approx(25.8e9, rel=0.01)
     experts = Qwen3MoeConfig(
         hidden_size=2048, moe_intermediate_size=768, num_experts_per_tok=8, intermediate_size=6144

@@ -148,6 +148,7 @@ def restore(model: ModelT) -> ModelT:
     patch: Patch | None = inner.__dict__.get("_patchkit")
     if patch is not None:
         patch.journal.undo()
+        fused.remove_copies(inner)
         configs.hand_back(patch.configs)
     return model
 

@@ -39,8 +39,8 @@ def adopt(model: nn.Module, journal: Journal) -> list[OwnConfig]:
             if isinstance(value, PreTrainedConfig) and id(value) in memo:
                 own = memo[id(value)]
                 journal.set(module, attribute, own, label=name or "model")
-                before = copy.deepcopy(value.__dict__)
-                adopted.setdefault(id(value), OwnConfig(value, own, before))
+                if id(value) not in adopted:
+                    adopted[id(value)] = OwnConfig(value, own, copy.deepcopy(value.__dict__))
     return list(adopted.values())
 
 

@@ -14,22 +14,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from patchkit.attention.store import KVStore
 from patchkit.attention.store_layer import BUCKET
 from patchkit.compat import CACHE_KEYWORD
+from patchkit.decoding.fused import global_hooks
+from patchkit.outbox import History, Outbox
+from patchkit.prefill import new_tokens
 from patchkit.step_graph import RESERVE, StepGraph
 from patchkit.token_choice import TokenChoice
 
@@ -44,6 +50,8 @@ RUN_AHEAD = 3
 
 _DEVICES = ("cuda",)
 _PARKED_SHARE = 0.1  # of the device memory, at most, stays allocated between calls
+_MOST_COLUMNS = 1 << 18  # ids are kept for as many columns as the longest row may get
+_RECORDERS = "transformers.utils.output_capturing"
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _PER_TOKEN = frozenset({"input_ids", "position_ids", "attention_mask", CACHE_KEYWORD})
 
@@ -57,6 +65,8 @@ def serves(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """
     if model.device.type not in _DEVICES or given.get("custom_generate") is not None:
         return False
+    if given.get("synced_gpus") or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+        return False
     config = GenerationConfig()
     own = getattr(given.get("generation_config"), "__dict__", {})
     for source in (model.generation_config.__dict__, own, given):
@@ -64,7 +74,7 @@ def serves(model: PreTrainedModel, given: dict[str, Any]) -> bool:
             if value is not None and hasattr(config, name):
                 setattr(config, name, value)
     mode = config.get_generation_mode(given.get("assistant_model"))
-    return mode in _MODES and not config.token_healing and not given.get("synced_gpus")
+    return mode in _MODES and not config.token_healing
 
 
 def decode(
@@ -84,34 +94,54 @@ def decode(
 
     Returns:
         `[B, P + new]` int64, or the output object if `return_dict_in_generate`.
+
+    Raises:
+        RuntimeError: a row was to be sampled from probabilities that are NaN.
     """
     patch: Patch = model.__dict__["_patchkit"]
-    streamer = patch.running.streamer
-    obstacle = _obstacle(model, patch, stopping_criteria, generation_config, model_kwargs)
+    lists = (logits_processor, stopping_criteria)
+    limit = _limit(stopping_criteria, input_ids.shape[1])
+    obstacle = _obstacle(model, patch, input_ids, limit, generation_config, model_kwargs)
     if obstacle is not None:
         if obstacle not in patch.host_loops:
             logger.warning("patchkit decodes through transformers' own loop: %s", obstacle)
         patch.host_loops[obstacle] += 1
         mode = generation_config.get_generation_mode()
         loop = getattr(type(model), GENERATION_MODES_MAPPING[mode])
-        lists = (logits_processor, stopping_criteria)
+        streamer = patch.running.streamer
         return loop(model, input_ids, *lists, generation_config, streamer=streamer, **model_kwargs)
-    store: KVStore = model_kwargs[CACHE_KEYWORD]
-    limit = stopping_criteria.max_length
-    step = _step(model, patch, store, input_ids.shape[0], limit)
-    choice = step.choice
-    choice.begin(input_ids, logits_processor, stopping_criteria, generation_config)
+    assert limit is not None
+    on_its_device = (
+        torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    )
+    with on_its_device:
+        step = _step(model, patch, model_kwargs[CACHE_KEYWORD], input_ids.shape[0], limit)
+        step.choice.begin(input_ids, *lists, generation_config)
+        return _loop(model, patch, step, limit, input_ids, generation_config, model_kwargs)
+
+
+def _loop(
+    model: PreTrainedModel,
+    patch: Patch,
+    step: StepGraph,
+    limit: int,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | Tensor:
+    store, choice = step.store, step.choice
     prompt_length, remaining = choice.length, limit - choice.length
-    returned = generation_config.return_dict_in_generate
-    history = _History(choice, generation_config)
-    outbox = _Outbox(choice, streamer)
-    # What an evicting store has dropped does not come back, so its last step must be the last.
+    returned = config.return_dict_in_generate
+    history = History(choice, config)
+    outbox = Outbox(choice, patch.running.streamer, bool(config.do_sample))
+    # What an evicting store has dropped does not come back, and processors on the host must not see
+    # tokens that do not belong to the answer: the last step must then be the last.
     evicts = any(layer.policy is not None for layer in store.store_layers)
     kept = returned or getattr(store, "_is_user_defined", False)
-    run_ahead = 0 if kept and evicts else RUN_AHEAD
+    run_ahead = 0 if kept and evicts or not choice.capturable else RUN_AHEAD
 
-    with store.expecting(min(remaining, RESERVE)):
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    with store.expecting(new_tokens(store, input_ids) + min(remaining, RESERVE)):
+        outputs = model._prefill(input_ids, config, model_kwargs)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits[:, -1].to(torch.float32, copy=True)
     del outputs
@@ -121,11 +151,11 @@ def decode(
     outbox.push()
     remaining -= 1
 
-    if remaining and not outbox.finished(run_ahead):
+    if remaining > 0 and not outbox.finished(run_ahead):
         inputs = _inputs_of_a_step(model, store, choice, model_kwargs)
         step.begin(inputs, inputs.pop("position_ids"))
         with model._optimize_model_for_decode():
-            while remaining:
+            while remaining > 0:
                 step.run(remaining)
                 history.add(step.logits)
                 choice.advance()
@@ -133,40 +163,52 @@ def decode(
                 remaining -= 1
                 if outbox.finished(run_ahead):
                     break
-    new_tokens = outbox.close()
+    answered = outbox.close()
     if kept:
-        store.crop(new_tokens - (choice.length - prompt_length))
-    sequences = choice.sequences(prompt_length + new_tokens)
-    if not kept and store.nbytes <= _parking_bytes(store):
+        store.crop(answered - (choice.length - prompt_length))
+    elif store.nbytes + choice.ids.nbytes <= _parking_bytes(store):
         patch.graphs.parked = step
+    sequences = choice.sequences(prompt_length + answered)
     if not returned:
         return sequences
     return GenerateDecoderOnlyOutput(
-        sequences=sequences, **history.cut(new_tokens), **{CACHE_KEYWORD: store}
+        sequences=sequences, **history.cut(answered), **{CACHE_KEYWORD: store}
     )
 
 
 def take_parked(patch: Patch, eviction: Method | None) -> KVStore | None:
-    """Return the emptied store of the latest call, if the same methods made it, else None."""
-    step = patch.graphs.parked
+    """Hand the emptied store of an earlier call over to the call that runs.
+
+    Nobody else can take it from then on; `decode` parks it again.
+
+    Returns:
+        The store, if the same methods made it, else None.
+    """
+    step, patch.graphs.parked = patch.graphs.parked, None
     if step is None or step.store.eviction != eviction:
-        patch.graphs.parked = None
         return None
     step.store.restart()
+    patch.running.step = step
     return step.store
 
 
 def _step(
     model: PreTrainedModel, patch: Patch, store: KVStore, batch_size: int, limit: int
 ) -> StepGraph:
-    """Return the parked step that belongs to `store`, or a new one; nothing stays parked."""
-    parked, patch.graphs.parked = patch.graphs.parked, None
-    if parked is not None and parked.store is store:
-        rows, width = parked.choice.ids.shape
-        if rows == batch_size and width >= limit:
-            return parked
+    """Return the step that this call has taken along with `store`, or a new one."""
+    taken, patch.running.step = patch.running.step, None
+    if taken is not None and taken.store is store:
+        rows, width = taken.choice.ids.shape
+        if rows == batch_size and width >= limit and taken.choice.ids.device == model.device:
+            return taken
     choice = TokenChoice(batch_size, math.ceil(limit / BUCKET) * BUCKET, model.device)
     return StepGraph(model, store, choice, patch.graphs)
+
+
+def _limit(criteria: StoppingCriteriaList, prompt_length: int) -> int | None:
+    """Return how long a row gets at most; a first token is always generated."""
+    limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+    return max(min(limits), prompt_length + 1) if limits else None
 
 
 def _parking_bytes(store: KVStore) -> int:
@@ -189,7 +231,8 @@ def _inputs_of_a_step(
 def _obstacle(
     model: PreTrainedModel,
     patch: Patch,
-    criteria: StoppingCriteriaList,
+    input_ids: Tensor,
+    limit: int | None,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> str | None:
@@ -203,8 +246,10 @@ def _obstacle(
         return "the model drafts for another one"
     if config.output_attentions or config.output_hidden_states:
         return "hidden states of every step were asked for"
-    if criteria.max_length is None:
-        return "there is no maximum length"
+    if limit is None or limit > _MOST_COLUMNS:
+        return f"the maximum length is {limit}, expected at most {_MOST_COLUMNS}"
+    if input_ids.device != model.device:
+        return f"the ids are on {input_ids.device}, the model is on {model.device}"
     if model_kwargs.get("position_ids") is None:
         return f"{type(model).__name__} takes no position_ids"
     extra = sorted(
@@ -224,11 +269,15 @@ def _obstacle(
 
 
 def _module_obstacle(model: PreTrainedModel, patch: Patch) -> str | None:
+    if global_hooks():
+        return "every module has forward hooks"
     devices: set[torch.device] = set()
     for name, module in model.named_modules():
-        if "_hf_hook" in vars(module):
+        held = vars(module)
+        if "_hf_hook" in held:
             return f"accelerate moves the weights or inputs of {name or 'the model'}"
-        if module._compiled_call_impl is not None:
+        compiled = hasattr(held.get("forward"), "_torchdynamo_orig_callable")
+        if compiled or module._compiled_call_impl is not None:
             return f"{name or 'the model'} is compiled"
         if _foreign_hooks(module, patch):
             return f"{name or 'the model'} has forward hooks"
@@ -239,90 +288,7 @@ def _module_obstacle(model: PreTrainedModel, patch: Patch) -> str | None:
 
 
 def _foreign_hooks(module: nn.Module, patch: Patch) -> bool:
-    if module._forward_hooks:
+    # transformers leaves its recorders of hidden states behind; they sleep unless a call asks.
+    if any(hook.__module__ != _RECORDERS for hook in module._forward_hooks.values()):
         return True
     return any(not patch.journal.holds_hook(hook) for hook in module._forward_pre_hooks.values())
-
-
-class _History:
-    """The logits and scores of every step, where the caller wants them returned."""
-
-    def __init__(self, choice: TokenChoice, config: GenerationConfig) -> None:
-        returned = config.return_dict_in_generate
-        choice.history = () if returned and config.output_scores else None
-        self._logits: tuple[Tensor, ...] | None = () if returned and config.output_logits else None
-        self._choice = choice
-
-    def add(self, logits: Tensor) -> None:
-        """Keep copies of what the newest token was chosen from."""
-        if self._choice.history is not None:
-            self._choice.history += (self._choice.scores.clone(),)
-        if self._logits is not None:
-            self._logits += (logits.clone(),)
-
-    def cut(self, steps: int) -> dict[str, tuple[Tensor, ...] | None]:
-        """Return the first `steps` entries under the names of transformers' output."""
-        held = {"scores": self._choice.history, "logits": self._logits}
-        return {name: None if kept is None else kept[:steps] for name, kept in held.items()}
-
-
-class _Outbox:
-    """Brings tokens and the end of all rows to the host in order, some steps late.
-
-    Copies to pinned memory are queued behind every step and looked at `run_ahead` steps later, so
-    that the device never runs dry. A token is streamed once it is known to belong to the answer.
-
-    Args:
-        choice: Where the tokens are.
-        streamer: The streamer of the call, or None.
-    """
-
-    def __init__(self, choice: TokenChoice, streamer: Any) -> None:
-        self._choice, self._streamer = choice, streamer
-        self._waiting: deque[tuple[Tensor, Tensor | None, torch.cuda.Event | None]] = deque()
-        self._free: list[tuple[Tensor, Tensor | None, torch.cuda.Event | None]] = []
-        self._known = 0  # steps known to belong to the answer
-        self._done = False
-
-    def _slot(self) -> tuple[Tensor, Tensor | None, torch.cuda.Event | None]:
-        if self._free:
-            return self._free.pop()
-        cuda = self._choice.alive.is_cuda
-        alive = torch.empty(1, dtype=torch.bool, pin_memory=cuda)
-        tokens = None
-        if self._streamer is not None:
-            tokens = torch.empty(self._choice.token.shape[0], dtype=torch.long, pin_memory=cuda)
-        return alive, tokens, torch.cuda.Event() if cuda else None
-
-    def push(self) -> None:
-        """Queue the copies of the step that was queued last."""
-        alive, tokens, event = slot = self._slot()
-        if self._choice.watches:
-            alive.copy_(self._choice.alive, non_blocking=True)
-        else:
-            alive.fill_(True)
-        if tokens is not None:
-            tokens.copy_(self._choice.token[:, 0], non_blocking=True)
-        if event is not None:
-            event.record()
-        self._waiting.append(slot)
-
-    def finished(self, run_ahead: int) -> bool:
-        """Deliver all but the newest `run_ahead` steps; say whether one finished every row."""
-        while len(self._waiting) > run_ahead and not self._done:
-            alive, tokens, event = slot = self._waiting.popleft()
-            if event is not None and (self._choice.watches or tokens is not None):
-                event.synchronize()
-            self._known += 1
-            if tokens is not None:
-                self._streamer.put(tokens.clone())
-            self._done = not alive.item()
-            self._free.append(slot)
-        return self._done
-
-    def close(self) -> int:
-        """Deliver the rest, end the stream, and return how many tokens the answer has."""
-        self.finished(0)
-        if self._streamer is not None:
-            self._streamer.end()
-        return self._known

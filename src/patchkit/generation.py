@@ -61,6 +61,13 @@ class Call:
 @functools.wraps(GenerationMixin.generate)
 def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     patch: Patch = self.__dict__["_patchkit"]
+    with patch.lock:
+        return _generate(self, patch, args, kwargs)
+
+
+def _generate(
+    self: PreTrainedModel, patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     overrides = {slot: kwargs.pop(slot) for slot in slot_names() & kwargs.keys()}
     bound = _SIGNATURE.bind_partial(self, *args, **kwargs)
     given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
@@ -72,10 +79,11 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if processors:
         own = given.get("logits_processor") or ()
         bound.arguments["logits_processor"] = LogitsProcessorList([*own, *processors])
-    if engine.serves(self, given):
+    served = engine.serves(self, given)
+    if served:
         bound.arguments["custom_generate"] = engine.decode
     original = patch.journal.original(self, "generate")
-    with patch.call(ActiveCall(methods, given.get("streamer"), call.tokenizer)):
+    with patch.call(ActiveCall(methods, given.get("streamer"), call.tokenizer, served)):
         return original(*bound.args[1:], **bound.kwargs)
 
 
@@ -97,7 +105,11 @@ def prepare_cache_for_generation(
     original = patch.journal.original(self, "_prepare_cache_for_generation")
     original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
     if given is None and type(model_kwargs.get(CACHE_KEYWORD)) is DynamicCache:
-        store = engine.take_parked(patch, patch.active().get("kv_eviction")) or KVStore(self)
+        store = None
+        if patch.running.served and not generation_config.is_assistant:
+            store = engine.take_parked(patch, patch.active().get("kv_eviction"))
+        if store is None:
+            store = KVStore(self)
         if generation_config.is_assistant:
             store.activate_past_recording()
         model_kwargs[CACHE_KEYWORD] = store
@@ -118,12 +130,9 @@ def prefill(
     if not isinstance(store, KVStore):
         return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
     if generation_config.prefill_chunk_size is None:
-        chunk = prefill_chunk_size(self, store, input_ids, model_kwargs)
+        chunk = prefill_chunk_size(self, store, input_ids, generation_config, model_kwargs)
         generation_config.prefill_chunk_size = chunk
-    if generation_config.prefill_chunk_size is None:
-        return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
-    later = new_tokens(store, input_ids) - generation_config.prefill_chunk_size
-    with store.expecting(max(0, later)):
+    with store.expecting(new_tokens(store, input_ids)):
         return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 

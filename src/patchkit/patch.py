@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from patchkit.configs import OwnConfig
 from patchkit.families import Family
 from patchkit.journal import Journal
 from patchkit.method import Method
-from patchkit.step_graph import GraphPool
+from patchkit.step_graph import GraphPool, StepGraph
 
 if TYPE_CHECKING:
     from patchkit.attention.store import KVStore
     from patchkit.attention.store_layer import StoreLayer
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActiveCall:
     """What a `generate()` call brings that transformers hands to nobody.
 
@@ -30,11 +31,15 @@ class ActiveCall:
         methods: The methods in force, by slot.
         streamer: Receives tokens, or None.
         tokenizer: The tokenizer of the call, or None.
+        served: Whether the call goes to patchkit's decoding loop.
+        step: The parked step that the call has taken, until its loop begins.
     """
 
     methods: dict[str, Method]
     streamer: Any = None
     tokenizer: Any = None
+    served: bool = False
+    step: StepGraph | None = None
 
 
 class Patch:
@@ -50,6 +55,7 @@ class Patch:
         fused: Norms and MLPs that one kernel computes, of how many.
         graphs: Recorded decoding steps.
         host_loops: How many calls ran transformers' own decoding loop on a GPU, by reason.
+        lock: Held by the `generate()` call that runs; other threads wait for it.
     """
 
     def __init__(self, family: Family, backend: Backend) -> None:
@@ -62,6 +68,7 @@ class Patch:
         self.fused: dict[str, tuple[int, int]] = {}
         self.graphs = GraphPool()
         self.host_loops: Counter[str] = Counter()
+        self.lock = threading.RLock()
         self._calls: list[ActiveCall] = []
         self._store: weakref.ref[KVStore] | None = None
 
@@ -108,7 +115,8 @@ class Patch:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         state = {**self.__dict__, "_store": None, "_calls": []}
-        twin.__dict__.update(copy.deepcopy(state, memo))
+        del state["lock"]
+        twin.__dict__.update(copy.deepcopy(state, memo), lock=threading.RLock())
         return twin
 
     def __reduce__(self) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
 from patchkit.attention.store_layer import BUCKET
@@ -31,7 +31,11 @@ _SLICED = frozenset({"attention_mask", "position_ids"})
 
 
 def prefill_chunk_size(
-    model: PreTrainedModel, store: KVStore, input_ids: Tensor, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    store: KVStore,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> int | None:
     """Choose the tokens per row and chunk such that the activations of a chunk fit.
 
@@ -39,27 +43,37 @@ def prefill_chunk_size(
         model: The patched model.
         store: Its cache.
         input_ids: `[B, P]` int64.
+        generation_config: Of the call.
         model_kwargs: What `generate()` prepared for the forward.
 
     Returns:
-        A multiple of 256, or None to feed everything at once: it fits, an eviction method is active
-        (it would see another prompt in every chunk), the model runs on a CPU, or the call brings
-        inputs that cannot be cut.
+        A multiple of 256, or None to feed everything at once: it fits, or the model runs on a CPU,
+        or the answer might change. That is so with an eviction method, which would see another
+        prompt in every chunk, with layers that keep a state of their own, with outputs of every
+        token, and with inputs that cannot be cut.
     """
     rows, tokens = input_ids.shape[0], new_tokens(store, input_ids)
-    if model.device.type not in _DEVICES or store.eviction is not None or not tokens:
+    if model.device.type not in _DEVICES or not tokens:
+        return None
+    if store.eviction is not None or len(store.store_layers) < len(store.layers):
         return None
     if store.get_seq_length() and CHUNKED_PREFILL_IGNORES_CACHE:
         return None
-    tensors = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)}
-    positions = model_kwargs.get("position_ids")
-    if tensors - _SLICED - {CACHE_KEYWORD} or (positions is not None and positions.ndim != 2):
-        return None
     config = model.config.get_text_config(decoder=True)
-    per_token = activation_bytes(config, model.dtype.itemsize)
+    for name in ("output_hidden_states", "output_router_logits"):
+        asked = (getattr(held, name, None) for held in (generation_config, model.config, config))
+        if model_kwargs.get(name) or any(asked):
+            return None
+    given = {name for name, value in model_kwargs.items() if isinstance(value, (Tensor, list))}
+    positions = model_kwargs.get("position_ids")
+    if given - _SLICED - {CACHE_KEYWORD} or (positions is not None and positions.ndim != 2):
+        return None
+    itemsize = model.dtype.itemsize
+    per_token = activation_bytes(config, itemsize)
     if rows * tokens * per_token < _LEAST_BYTES:
         return None
-    free = free_bytes(model.device) - rows * tokens * kv_bytes(config, model.dtype.itemsize)
+    windows = [layer.sliding_window for layer in store.store_layers]
+    free = free_bytes(model.device) - rows * kv_bytes(config, windows, tokens, itemsize)
     most = int(min(_MOST_BYTES, max(free, 0) / 2) / per_token / rows)
     if tokens <= most:
         return None
@@ -91,11 +105,26 @@ def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     return itemsize * (4 * width + 10 * config.hidden_size)
 
 
-def kv_bytes(config: PreTrainedConfig, itemsize: int) -> int:
-    """Estimate what the cache takes per token, over all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * itemsize
+def kv_bytes(
+    config: PreTrainedConfig, windows: list[int | None], tokens: int, itemsize: int
+) -> int:
+    """Estimate what the cache of one row takes.
+
+    Args:
+        config: Of the decoder.
+        windows: The sliding window of each layer, or None.
+        tokens: In the row.
+        itemsize: Bytes per number.
+    """
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:  # one latent vector instead of heads
+        numbers = 2 * latent + config.qk_rope_head_dim
+    else:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        numbers = 2 * heads * (width or config.hidden_size // config.num_attention_heads)
+    stored = sum(tokens if window is None else min(tokens, window) for window in windows)
+    return stored * numbers * itemsize
 
 
 def free_bytes(device: torch.device) -> int:

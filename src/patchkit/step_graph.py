@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
 from patchkit.token_choice import TokenChoice
@@ -24,33 +25,85 @@ RESERVE = 1024
 
 _NOT_READ = frozenset({"_modules", "_patchkit"})
 _SCALARS = (bool, int, float, str, type(None))
+_OPAQUE = (PreTrainedConfig, nn.Module, type, FunctionType, MethodType)
+_SDP = ("flash", "mem_efficient", "math", "cudnn")
+
+
+class _Same:
+    """Stands for one object, and keeps it alive: a new one cannot be taken for it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 def fingerprint(model: PreTrainedModel) -> Hashable:
     """Describe everything of a model that a recorded forward has frozen.
 
     That is the address and layout of every parameter and buffer, every plain attribute of every
-    module (training flags, adapter scales, a RoPE length regime), the values of the configuration,
-    and the identity of everything else (hooks, replaced forwards). Values of tensors are not part
-    of it: a replay reads them.
+    module (training flags, adapter scales, a RoPE length regime) and of the objects they hold, the
+    values of the configuration, the code of every forward, torch's global switches, and the
+    identity of everything else (hooks, replaced forwards). Values of tensors are not part of it: a
+    replay reads them.
     """
-    described: list[Hashable] = [_trace(vars(model.config.get_text_config(decoder=True)))]
+    # One flat list of atoms: nested tuples would be many objects for the garbage collector to walk.
+    atoms: list[Any] = list(_switches())
+    _note(atoms, vars(model.config.get_text_config(decoder=True)))
     for module in model.modules():
-        held = ((name, _trace(v)) for name, v in vars(module).items() if name not in _NOT_READ)
-        described.append((id(module), *held))
-    return tuple(described)
+        atoms += (_Same(module), type(module), type(module).forward)
+        for name, value in vars(module).items():
+            if name not in _NOT_READ:
+                atoms.append(name)
+                _note(atoms, value)
+    return tuple(atoms)
 
 
-def _trace(value: Any) -> Hashable:
+def _switches() -> tuple[Any, ...]:
+    backends = torch.backends
+    return (
+        backends.cuda.matmul.allow_tf32,
+        backends.cudnn.allow_tf32,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        *(getattr(backends.cuda, f"{kind}_sdp_enabled")() for kind in _SDP),
+    )
+
+
+def _note(atoms: list[Any], value: Any) -> None:
+    """Append what tells `value` from another one, however deep in containers it lies."""
     if isinstance(value, _SCALARS):
-        return value
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, dict):
-        return tuple((str(key), _trace(entry)) for key, entry in value.items())
-    if isinstance(value, (list, tuple, set)):
-        return tuple(map(_trace, value))
-    return id(value)
+        atoms.append(value)
+    elif isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # a wrapper, of quantised weights for one
+            for name in value.__tensor_flatten__()[0]:
+                _note(atoms, getattr(value, name))
+        else:
+            layout = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+            atoms.extend(layout)
+    elif isinstance(value, dict):
+        atoms.append(len(value))
+        for key, entry in value.items():
+            atoms.append(str(key))
+            _note(atoms, entry)
+    elif isinstance(value, (list, tuple, set)):
+        atoms.append(len(value))
+        for entry in value:
+            _note(atoms, entry)
+    else:
+        atoms.append(_Same(value))
+        if not isinstance(value, _OPAQUE):
+            fields = getattr(value, "__dict__", {})
+            atoms.extend(v for v in fields.values() if isinstance(v, _SCALARS))
 
 
 class GraphPool:
@@ -60,8 +113,8 @@ class GraphPool:
         captures: Graphs recorded so far.
         replays: Steps replayed so far.
         eager: Steps run kernel by kernel so far.
-        refused: Why recording failed, if it did; no other attempt is made.
-        parked: The step of the latest call, whose store nobody holds, for the next call to take.
+        refused: Why recording failed last, if it did.
+        parked: The step of an earlier call, whose store nobody else holds, for a call to take.
     """
 
     def __init__(self) -> None:
@@ -72,6 +125,7 @@ class GraphPool:
         self._handle: Any = None
         self._anchor: torch.cuda.CUDAGraph | None = None
         self._built: set[Hashable] = set()
+        self._hopeless: set[Hashable] = set()
 
     def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record what `step` launches, without running it.
@@ -79,7 +133,7 @@ class GraphPool:
         Raises:
             RuntimeError: something in `step` cannot be captured.
         """
-        if self._stream is None:
+        if self._stream is None or self._stream.device.index != torch.cuda.current_device():
             self._stream = torch.cuda.Stream()
             self._handle = torch.cuda.graph_pool_handle()
             # The pool lives as long as one of its graphs, and must outlive those that are replaced.
@@ -105,6 +159,15 @@ class GraphPool:
             graph.capture_end()
         current.wait_stream(stream)
         return graph
+
+    def give_up(self, key: Hashable, reason: str) -> None:
+        """Remember that steps of a kind cannot be recorded."""
+        self._hopeless.add(key)
+        self.refused = reason
+
+    def hopeless(self, key: Hashable) -> bool:
+        """Say whether recording steps of this kind has failed before."""
+        return key in self._hopeless
 
     def first_time(self, key: Hashable) -> bool:
         """Say once per key that kernels may have to be built, which recording does not allow."""
@@ -150,6 +213,7 @@ class StepGraph:
         self._position: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: Hashable = None
+        self._full = False  # the memory of the device, when recording was tried
 
     def begin(self, inputs: dict[str, Any], position: Tensor) -> None:
         """Set out from a prompt that the store holds.
@@ -159,8 +223,10 @@ class StepGraph:
             position: `[..., B, 1]` int64, of the next token; every step adds one.
         """
         if self._position is None or self._position.shape != position.shape:
-            self._position, self._graph = position.clone(), None
+            with torch.inference_mode(False):
+                self._position, self._graph = position.clone(), None
         self._position.copy_(position)
+        self._full = False
         self._inputs = {**inputs, "input_ids": self.choice.token, "position_ids": self._position}
         if self._graph is not None and self._recorded != self._frozen():
             self._graph = None
@@ -197,9 +263,10 @@ class StepGraph:
 
     def _record(self, remaining: int) -> torch.cuda.CUDAGraph | None:
         pool, store = self._pool, self.store
-        if pool.refused is not None or not self.choice.token.is_cuda:
+        kind = (store.layout, self.choice.kind if self.choice.capturable else None)
+        if not self.choice.token.is_cuda or self._full or pool.hopeless(kind):
             return None
-        if pool.first_time((store.layout, self.choice.capturable)):
+        if pool.first_time(kind):
             return None
 
         def step() -> None:
@@ -210,13 +277,17 @@ class StepGraph:
         try:
             with store.stepping(remaining, recording=True):
                 graph = pool.record(step)
+        except torch.OutOfMemoryError:
+            self._full = True  # for this call; another may find room
+            return None
         except RuntimeError as error:
-            pool.refused = str(error).splitlines()[0]
+            pool.give_up(kind, str(error).splitlines()[0])
             return None
         self._recorded = self._frozen()
         return graph
 
     def _frozen(self) -> Hashable:
-        inputs = {name: value for name, value in self._inputs.items() if value is not self.store}
+        inputs: list[Any] = []
+        _note(inputs, {k: v for k, v in self._inputs.items() if v is not self.store})
         recipe = self.choice.recipe if self.choice.capturable else None
-        return fingerprint(self._model), self.store.addresses, recipe, _trace(inputs)
+        return fingerprint(self._model), self.store.addresses, recipe, tuple(inputs)

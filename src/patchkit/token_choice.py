@@ -25,13 +25,17 @@ from transformers.generation import GenerationConfig
 from patchkit.device_processors import DeviceProcessor, on_device
 
 
-def draw(scores: Tensor) -> Tensor:
-    """Sample one token per row of `scores [B, V]` -> int64 `[B]`, without waiting for the device.
+def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample one token per row of `scores [B, V]` without waiting for the device.
 
     This is the race of exponential variables by which `torch.multinomial` draws a single sample.
+
+    Returns:
+        The tokens, `[B]` int64, and whether every probability was a number, `[]` bool.
     """
     probabilities = scores.softmax(-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+    race = probabilities / torch.empty_like(probabilities).exponential_(1)
+    return race.argmax(-1), probabilities.isfinite().all()
 
 
 class TokenChoice:
@@ -48,8 +52,9 @@ class TokenChoice:
         ids: `[B, width]` int64; the first `length` columns are valid.
         length: Prompt plus chosen tokens.
         token: `[B, 1]` int64, the newest token of every row.
-        alive: `[1]` bool, whether any row is unfinished.
-        watches: Whether anything but the length can finish a row.
+        flags: `[2]` bool: whether any row is unfinished, and whether every probability that was
+            drawn from was a number.
+        watches: Whether `flags` have anything to say: the length is not all that ends a call.
         scores: `[B, V]` float32, what the newest token was chosen from.
         history: Scores of earlier steps, if they are kept, for criteria that ask for them.
     """
@@ -57,12 +62,13 @@ class TokenChoice:
     scores: Tensor
 
     def __init__(self, batch_size: int, width: int, device: torch.device) -> None:
-        flags = {"dtype": torch.bool, "device": device}
-        self.ids = torch.zeros(batch_size, width, dtype=torch.int64, device=device)
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.alive = torch.ones(1, **flags)
-        self._unfinished = torch.ones(batch_size, **flags)
-        self._column = torch.zeros(1, dtype=torch.int64, device=device)
+        ids, flags = ({"dtype": kind, "device": device} for kind in (torch.int64, torch.bool))
+        with torch.inference_mode(False):  # what is kept must serve any later mode
+            self.ids = torch.zeros(batch_size, width, **ids)
+            self.token = torch.zeros(batch_size, 1, **ids)
+            self.flags = torch.ones(2, **flags)
+            self._unfinished = torch.ones(batch_size, **flags)
+            self._column = torch.zeros(1, **ids)
         self._ends: Tensor | None = None
         self._pad: Tensor | None = None
         self._processors: list[DeviceProcessor | LogitsProcessorList] = []
@@ -86,24 +92,25 @@ class TokenChoice:
         self.ids[:, : self.length] = input_ids
         self._column.fill_(self.length)
         self._unfinished.fill_(True)
-        self.alive.fill_(True)
+        self.flags.fill_(True)
         self.history: tuple[Tensor, ...] | None = None
-        self._processors = [
-            self._translate(processor, held)
-            for processor, held in zip_longest(processors, self._processors[: len(processors)])
-        ]
+        with torch.inference_mode(False):
+            self._processors = [
+                self._translate(processor, held)
+                for processor, held in zip_longest(processors, self._processors[: len(processors)])
+            ]
         self._sampling = bool(config.do_sample)
         self._criteria = StoppingCriteriaList(
             c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)
         )
-        ends = pad = None
-        for criterion in criteria:
-            if hasattr(criterion, "eos_token_id"):
-                pad = config._pad_token_tensor
-            if type(criterion) is EosTokenCriteria:
-                ends = criterion.eos_token_id.view(1, -1)
-        self._ends, self._pad = self._place(self._ends, ends), self._place(self._pad, pad)
-        self.watches = ends is not None or bool(self._criteria)
+        pad = (
+            config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
+        )
+        ends = [c.eos_token_id.view(1, -1) for c in criteria if type(c) is EosTokenCriteria]
+        with torch.inference_mode(False):
+            self._ends = self._place(self._ends, torch.cat(ends, 1) if ends else None)
+            self._pad = self._place(self._pad, pad)
+        self.watches = bool(ends) or bool(self._criteria) or self._sampling
 
     def _place(self, held: Tensor | None, value: Tensor | None) -> Tensor | None:
         if value is None or held is None or held.shape != value.shape:
@@ -123,12 +130,17 @@ class TokenChoice:
         return plain and not self._criteria
 
     @property
+    def kind(self) -> Hashable:
+        """What operations a recorded `choose` consists of, wherever its tensors lie."""
+        return self._sampling, tuple(getattr(p, "settings", None) for p in self._processors)
+
+    @property
     def recipe(self) -> Hashable:
         """What a recording of `choose` has frozen, besides addresses that never change."""
         held = (t for t in (self._ends, self._pad) if t is not None)
         addresses = tuple((tensor.data_ptr(), tensor.shape) for tensor in held)
         processors = (p.recipe for p in self._processors if isinstance(p, DeviceProcessor))
-        return addresses, self._sampling, tuple(processors)
+        return addresses, self._sampling, self.watches, tuple(processors)
 
     def choose(self, logits: Tensor) -> None:
         """Write the next token of every row to `token` and `ids`, and refresh `alive`.
@@ -142,10 +154,14 @@ class TokenChoice:
         for process in self._processors:
             if isinstance(process, DeviceProcessor):
                 logits = process(self.ids, self._column, logits)
-            else:
-                logits = process(self.ids[:, : self.length].contiguous(), logits)
+            else:  # which may keep what it gets
+                logits = process(self.ids[:, : self.length].clone(), logits.clone())
         self.scores = logits
-        chosen = draw(logits) if self._sampling else logits.argmax(-1)
+        if self._sampling:
+            chosen, sound = draw(logits)
+            self.flags[1] &= sound
+        else:
+            chosen = logits.argmax(-1)
         if self._pad is not None:
             chosen = torch.where(self._unfinished, chosen, self._pad)
         self.token.copy_(chosen[:, None])
@@ -155,10 +171,10 @@ class TokenChoice:
             self._unfinished &= (self.token != self._ends).all(-1)
         if self._criteria:
             scores = None if self.history is None else (*self.history, logits)
-            done = self._criteria(self.ids[:, : self.length + 1].contiguous(), scores)
+            done = self._criteria(self.ids[:, : self.length + 1].clone(), scores)
             self._unfinished &= ~done.to(self._unfinished.device)
         if self.watches:
-            self.alive.copy_(self._unfinished.any())
+            self.flags[0] = self._unfinished.any()
 
     def advance(self) -> None:
         """Count one chosen token on the host."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from patchkit.attention.kernels.prefill_attention import prefill_attention
+from patchkit.attention.kernels.prefill_attention import _blocks, prefill_attention
 
 from .kernel_cases import PrefillCase, check_prefill_attention, small_store
 
@@ -74,3 +74,14 @@ def test_prefill_attention_allocates_a_contiguous_output() -> None:
 def test_prefill_attention_refuses_wrong_arguments(message: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         prefill_attention(**_arguments(**change))
+
+
+@pytest.mark.parametrize("shared", [99, 163, 227], ids=["sm_89", "sm_80", "sm_90"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 128), (256, 256), (512, 512)])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_tiles_fit_into_shared_memory(dims, shared, element_size):
+    blocks = _blocks(*dims, element_size, shared * 1024)
+    keys = blocks["num_stages"] * blocks["BLOCK_N"] * sum(dims)
+    assert (blocks["BLOCK_M"] * dims[0] + keys) * element_size <= shared * 1024
+    if dims == (128, 128) and element_size == 2 and shared == 227:
+        assert blocks == {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}

@@ -144,9 +144,39 @@ class BiasedNorm(AlmostNorm):
         self.bias = nn.Parameter(torch.zeros(8))
 
 
+class LlamaLike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(64)), 1e-3
+
+    def forward(self, x):
+        return reference.rms_norm(x, self.weight, eps=self.eps, round_first=True)
+
+
+class GatedNorm(LlamaLike):
+    """Like the norms of Mamba hybrids: the trial would not see what the gate does."""
+
+    def forward(self, x, gate=None):
+        x = super().forward(x)
+        return x if gate is None else x * gate
+
+
+class GroupedNorm(LlamaLike):
+    """Normalises groups of 48 values, which a trial at another width would not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(96))
+
+    def forward(self, x):
+        groups = reference.rms_norm(x.unflatten(-1, (-1, 48)), torch.ones(48), eps=self.eps)
+        return self.weight * groups.flatten(-2)
+
+
 def test_other_formulas_are_left_alone():
-    assert find_formula(AlmostNorm()) is None
-    assert find_formula(BiasedNorm()) is None
+    assert find_formula(LlamaLike()) == Norm("eps", 0.0, True)
+    for other in (AlmostNorm(), BiasedNorm(), GatedNorm(), GroupedNorm()):
+        assert find_formula(other) is None
     llama = tiny_model("llama").model.layers[0]
     llama.mlp.act_fn = nn.ReLU()
     assert find_formula(llama.mlp) is None
@@ -193,6 +223,109 @@ def test_gradients_autocast_and_other_dtypes_take_the_module_s_own_forward():
         assert "rms_norm" not in patchkit.report(model).calls
         norm(random(2, 64))
     assert patchkit.report(model).calls["rms_norm"] == {"triton": 1}
+
+
+@pytest.fixture
+def fused_mlp():
+    """A fused MLP on the kernels, an input, and what its class computes."""
+    model = patchkit.apply(tiny_model("llama").to(DEVICE), backend="triton")
+    mlp, x = model.model.layers[0].mlp, random(2, 3, 64)
+    with torch.no_grad():
+        yield mlp, x, lambda: type(mlp).forward(mlp, x)
+
+
+def kernel_calls(mlp):
+    return sum(n for (op, _), n in vars(mlp)["_patchkit"].backend.calls.items() if "gated" in op)
+
+
+def test_a_replaced_or_hooked_activation_is_the_module_s_own_again(fused_mlp):
+    mlp, x, own = fused_mlp
+    torch.testing.assert_close(mlp(x), own())
+    assert kernel_calls(mlp) == 1
+    seen = []
+    handle = mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    mlp(x)
+    assert seen == [1]
+    handle.remove()
+    mlp.act_fn = nn.ReLU()
+    torch.testing.assert_close(mlp(x), own())
+    assert kernel_calls(mlp) == 1
+
+
+def test_a_replaced_class_forward_and_training_mode_are_respected(fused_mlp, monkeypatch):
+    mlp, x, _ = fused_mlp
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: x + 1)
+    assert torch.equal(mlp(x), x + 1)
+    monkeypatch.undo()
+    mlp.train()
+    mlp(x)
+    assert kernel_calls(mlp) == 0
+
+
+def test_finding_formulas_calls_nobody_s_hooks():
+    model, seen = tiny_model("llama"), []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    patchkit.apply(model)
+    assert not seen and patchkit.report(model).fused["MLPs"] == (2, 2)
+
+
+class Keeping(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        self.last = self.inner(x)
+        return self.last
+
+
+def test_a_gate_that_somebody_else_holds_is_not_written_to(fused_mlp):
+    mlp, x, own = fused_mlp
+    plain, held = mlp.gate_proj, []
+
+    def check():
+        want = plain(x)
+        torch.testing.assert_close(mlp(x), own())
+        assert all(torch.equal(gate, want) for gate in held)
+
+    mlp.gate_proj = Keeping(plain)
+    mlp(x)
+    held.append(mlp.gate_proj.last)
+    check()
+    mlp.gate_proj = plain
+    plain.forward = lambda x: held.append(nn.Linear.forward(plain, x)) or held[-1]
+    check()
+    del plain.forward
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, _i, out: held.append(out) if m is plain else None
+    )
+    check()
+    handle.remove()
+    assert len(held) >= 3
+
+
+def test_keywords_and_float64_take_the_module_s_own_forward():
+    model = patchkit.apply(tiny_model("gemma2").to(DEVICE), backend="triton")
+    norm, x = model.model.norm, random(2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x=x), norm(x))
+        model.double()
+        wide = x.double()
+        assert torch.equal(norm(wide), type(norm).forward(norm, wide))
+
+
+def test_restore_reaches_the_copies_that_peft_made():
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_model("llama").to(DEVICE)
+    model = patchkit.apply(tiny_model("llama").to(DEVICE))
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}
+    model, plain = (get_peft_model(m, LoraConfig(**config)) for m in (model, plain))
+    patchkit.restore(model)
+    assert not any("_patchkit" in vars(module) for module in model.modules())
+    ids = torch.tensor([[3, 4, 5]], device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 def test_adapters_and_hooks_inside_a_fused_mlp_still_act():

@@ -20,16 +20,16 @@ _CUDNN_QUERIES = 32768
 """From this many on, cuDNN gains more than the building of its plan costs: 55 ms for every new
 length (H100)."""
 
-_CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_CUDNN_FIRST = {
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
 
 
 def prefers_torch(
-    query: Tensor, value: Tensor, *, softcap: float | None, sinks: Tensor | None, scale: float
+    query: Tensor, value: Tensor, *, softcap: float | None, sinks: Tensor | None, **_: Any
 ) -> bool:
     """Say whether torch attends faster than patchkit's kernel where every query is causal.
 
@@ -85,7 +85,8 @@ def _order_of_kernels(query: Tensor) -> AbstractContextManager[None]:
     long = query.is_cuda and query.shape[2] >= _CUDNN_QUERIES
     if not long or query.requires_grad or torch.compiler.is_compiling():
         return nullcontext()
-    return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
+    allowed = [kernel for kernel, enabled in _CUDNN_FIRST.items() if enabled()]
+    return sdpa_kernel(allowed, set_priority=True)
 
 
 def _sdpa(

@@ -137,21 +137,23 @@ class KVStore(Cache):
         spares = [spare for layer in self.store_layers if (spare := layer.restart())]
         if not spares:
             return
-        # One launch for all layers: a loop would cost more than feeding a short prompt.
-        counters = ("length", "seen", "prompt_length")
-        torch._foreach_zero_([spare[name] for spare in spares for name in counters])
+        # One launch for all layers: a loop would cost more than feeding a short prompt. Slots are
+        # emptied too: a NaN in a masked one would outlive its weight of 0.
+        emptied = ("keys", "values", "length", "seen", "prompt_length")
+        torch._foreach_zero_([spare[name] for spare in spares for name in emptied])
         positions = [spare["position"] for spare in spares]
         torch._foreach_zero_(positions)
         torch._foreach_sub_(positions, 1)
 
     @contextmanager
     def expecting(self, new_tokens: int) -> Iterator[None]:
-        """Leave room for `new_tokens` more than the passes inside the block need; may nest."""
-        self._forward.expected += new_tokens
+        """Allocate slots for `new_tokens` at once where passes inside the block need any."""
+        before = self._forward.until
+        self._forward.until = max(before, self.get_seq_length() + new_tokens)
         try:
             yield
         finally:
-            self._forward.expected -= new_tokens
+            self._forward.until = before
 
     def reserve(self, new_tokens: int) -> None:
         """Allocate slots for `new_tokens` more tokens; addresses may change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,11 @@ BUCKET = 256
 """Capacity granularity in tokens."""
 
 
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """Make tensors inside `torch.inference_mode` that may be written to outside of it later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def _bucket(tokens: int) -> int:
     return max(1, math.ceil(tokens / BUCKET)) * BUCKET
 
@@ -30,7 +36,7 @@ class ForwardPass:
         step: Counts the passes.
         valid: `[B, T]` bool, False for the padding among the new tokens of this pass; None for
             none.
-        expected: Tokens that will follow, for which the slots of this pass leave room.
+        until: Columns that are known to come, for which slots are allocated at once.
         horizon: Steps to come, this one included, that must launch the same kernels as this one.
         recording: Whether launches are recorded for replay instead of run: what is handed out
             must then have the shape of the whole allocation.
@@ -38,29 +44,32 @@ class ForwardPass:
 
     step: int = 0
     valid: Tensor | None = None
-    expected: int = 0
+    until: int = 0
     horizon: int = 1
     recording: bool = False
-    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _placed: dict[torch.device, Tensor] = field(default_factory=dict)
+    _behind: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def begin(self, valid: Tensor | None) -> None:
         """Open the next pass."""
         self.step += 1
         self.valid = valid
         self._placed.clear()
+        self._behind.clear()
 
-    def padding(self, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return `valid` and, `[B, T]` int32, how many valid tokens are behind each, on `device`.
+    def valid_on(self, device: torch.device) -> Tensor | None:
+        """Return `valid` on a device, where the layers share it."""
+        if self.valid is not None and device not in self._placed:
+            self._placed[device] = self.valid.to(device, torch.bool)
+        return self._placed.get(device)
 
-        Layers on one device share them.
-        """
-        if self.valid is None:
-            return None, None
-        if device not in self._placed:
-            valid = self.valid.to(device, torch.bool)
+    def behind_on(self, device: torch.device) -> Tensor | None:
+        """Return, `[B, T]` int32, how many valid tokens are behind each; None without padding."""
+        valid = self.valid_on(device)
+        if valid is not None and device not in self._behind:
             behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
-            self._placed[device] = valid, behind.to(torch.int32)
-        return self._placed[device]
+            self._behind[device] = behind.to(torch.int32)
+        return self._behind.get(device)
 
 
 class StoreLayer(CacheLayerMixin):
@@ -87,7 +96,6 @@ class StoreLayer(CacheLayerMixin):
     length: Tensor
     seen: Tensor
     budget: Tensor | None
-    behind: Tensor | None
 
     def __init__(
         self,
@@ -103,7 +111,6 @@ class StoreLayer(CacheLayerMixin):
         if policy is None and sliding_window is not None:
             policy = EvictionPolicy(budget=sliding_window - 1)
         self.policy = policy
-        self.record_past = False
         self._forward = forward
         self.reset()
 
@@ -118,6 +125,7 @@ class StoreLayer(CacheLayerMixin):
         self.rollback = 0  # newest columns that `crop` can still remove
         self.ragged = False  # rows may differ in length or hold holes
         self.ordered = True  # positions ascend with the slots
+        self.record_past = False  # see `activate_past_recording`
         self.capacity = 0
         self._step = self._forward.step
         self._open = 0  # tokens appended but not yet committed
@@ -146,13 +154,14 @@ class StoreLayer(CacheLayerMixin):
         if self._adopt_spare(key_states.shape, value_states.shape):
             return
         slots = {"dtype": self.dtype, "device": self.device}
-        self.keys = torch.zeros(batch_size, num_kv_heads, 0, key_states.shape[-1], **slots)
-        self.values = torch.zeros(batch_size, num_kv_heads, 0, value_states.shape[-1], **slots)
         counters = {"dtype": torch.int32, "device": self.device}
-        self.position = torch.full((batch_size, num_kv_heads, 0), -1, **counters)
-        self.length = torch.zeros(batch_size, num_kv_heads, **counters)
-        self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
-        self.prompt_length = torch.zeros(batch_size, 1, **counters)
+        with ordinary_tensors():
+            self.keys = torch.zeros(batch_size, num_kv_heads, 0, key_states.shape[-1], **slots)
+            self.values = torch.zeros(batch_size, num_kv_heads, 0, value_states.shape[-1], **slots)
+            self.position = torch.full((batch_size, num_kv_heads, 0), -1, **counters)
+            self.length = torch.zeros(batch_size, num_kv_heads, **counters)
+            self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
+            self.prompt_length = torch.zeros(batch_size, 1, **counters)
         self._set_budget()
 
     def _adopt_spare(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
@@ -194,11 +203,12 @@ class StoreLayer(CacheLayerMixin):
     def _slot_tensors(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
         """Allocate empty keys, values and positions of `capacity` slots."""
         batch_size, num_kv_heads = self.length.shape
-        # Zeros, because a masked slot still multiplies its value with a weight of exactly 0.
-        keys = self.keys.new_zeros(batch_size, num_kv_heads, capacity, self.keys.shape[-1])
-        values = self.values.new_zeros(batch_size, num_kv_heads, capacity, self.values.shape[-1])
-        position = self.position.new_full((batch_size, num_kv_heads, capacity), -1)
-        return keys, values, position
+        shape = (batch_size, num_kv_heads, capacity)
+        with ordinary_tensors():
+            # Zeros, because a masked slot still multiplies its value with a weight of exactly 0.
+            keys = self.keys.new_zeros(*shape, self.keys.shape[-1])
+            values = self.values.new_zeros(*shape, self.values.shape[-1])
+            return keys, values, self.position.new_full(shape, -1)
 
     def _reserve(self, new_tokens: int) -> None:
         needed = self.filled + new_tokens
@@ -254,10 +264,10 @@ class StoreLayer(CacheLayerMixin):
             )
         new_tokens = key_states.shape[-2]
         self._step = self._forward.step
-        if self.room < new_tokens:
-            bounded = self.policy is not None  # compaction follows, which makes room of its own
-            self._reserve(new_tokens if bounded else new_tokens + self._forward.expected)
-        valid, self.behind = self._forward.padding(self.device)
+        bounded = self.policy is not None  # compaction follows, which makes room of its own
+        ahead = 0 if bounded else self._forward.until - self.columns
+        self._reserve(max(new_tokens, ahead))
+        valid = self._forward.valid_on(self.device)
         self.ragged |= valid is not None
         self.backend.run(
             "attention",
@@ -282,6 +292,11 @@ class StoreLayer(CacheLayerMixin):
         self._open = new_tokens
         shown = self.capacity if self._forward.recording else self.filled
         return self.keys[:, :, :shown], self.values[:, :, :shown]
+
+    @property
+    def behind(self) -> Tensor | None:
+        """`[B, T]` int32, stored tokens of this pass behind each; None if all were stored."""
+        return self._forward.behind_on(self.device)
 
     def unmasked(self, q_len: int) -> Literal["all", "causal"] | None:
         """Say whether the newest `q_len` queries see all slots, or those up to their own, or None.
@@ -510,14 +525,16 @@ class StoreLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.is_initialized:
-            for name, tensor in self.tensors().items():
-                setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+            with ordinary_tensors():
+                for name, tensor in self.tensors().items():
+                    setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows only."""
         if self.is_initialized:
-            for name, tensor in self.tensors().items():
-                setattr(self, name, tensor[indices.to(self.device)])
+            with ordinary_tensors():
+                for name, tensor in self.tensors().items():
+                    setattr(self, name, tensor[indices.to(self.device)])
 
     def offload(self) -> None:
         """Refuse: the slots of a step must stay where its kernels expect them."""

@@ -13,13 +13,15 @@ weights and hooks on them work as before.
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch.nn.modules import module as torch_module
 
 from patchkit.decoding import reference
 from patchkit.families import Family
@@ -27,6 +29,9 @@ from patchkit.journal import Journal
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -50,39 +55,55 @@ class GatedMLP:
 
     Attributes:
         activation: A name in `reference.ACTIVATIONS`.
+        act_fn: Class of the module that computes it.
     """
 
     activation: str
+    act_fn: type
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What a fused module carries as `_patchkit`."""
+    """What a fused module carries as `_patchkit`.
+
+    Attributes:
+        backend: Runs the kernel.
+        formula: What the kernel computes.
+        forward: The forward of the module's class that was found to compute the same.
+    """
 
     backend: Backend
-    formula: Any
+    formula: Norm | GatedMLP
+    forward: Callable[..., Any]
 
-    def serves(self, x: Tensor) -> bool:
+    def serves(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Say whether a kernel computes this call."""
+        if len(args) != 1 or kwargs or type(module).forward is not self.forward:
+            return False
+        (x,) = args
         return (
             self.backend.choose(x.device) == "triton"
+            and x.dtype in _DTYPES
+            and not module.training
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
         )
 
 
-def rms_norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Normalise `[..., D]`; the forward of a fused norm."""
     fused: Fused = self.__dict__["_patchkit"]
     weight, formula = self.weight, fused.formula
-    if hidden_states.dtype != weight.dtype or not fused.serves(hidden_states):
-        return type(self).forward(self, hidden_states)
+    assert isinstance(formula, Norm)
+    alike = args and args[0].dtype == weight.dtype and args[0].device == weight.device
+    if not alike or not fused.serves(self, args, kwargs):
+        return type(self).forward(self, *args, **kwargs)
     return fused.backend.run(
         "decoding",
         "rms_norm",
-        hidden_states.device,
-        hidden_states,
+        weight.device,
+        args[0],
         weight,
         eps=getattr(self, formula.eps),
         offset=formula.offset,
@@ -90,24 +111,39 @@ def rms_norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     )
 
 
-def gated_mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+def gated_mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Map `[..., D]` to `[..., D]`; the forward of a fused MLP."""
     fused: Fused = self.__dict__["_patchkit"]
-    if not fused.serves(x):
-        return type(self).forward(self, x)
-    gate = self.gate_proj(x)
-    # These are the largest tensors of a prefill. Nobody else holds the gate, unless by a hook.
-    mine = not self.gate_proj._forward_hooks and gate.is_contiguous()
+    formula, act_fn, gate_proj = fused.formula, self.act_fn, self.gate_proj
+    assert isinstance(formula, GatedMLP)
+    own = type(act_fn) is not formula.act_fn or not _untouched(act_fn)
+    if own or not fused.serves(self, args, kwargs):
+        return type(self).forward(self, *args, **kwargs)
+    (x,) = args
+    gate = gate_proj(x)
+    # Gate and up are the largest tensors of a prefill; the result of a plain Linear is ours alone.
+    ours = type(gate_proj) is nn.Linear and _untouched(gate_proj)
     product = fused.backend.run(
         "decoding",
         "gated_activation",
         gate.device,
         gate,
         self.up_proj(x),
-        activation=fused.formula.activation,
-        out=gate if mine else None,
+        activation=formula.activation,
+        out=gate if ours else None,
     )
     return self.down_proj(product)
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Say whether calling a module runs the forward of its class and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not (hooks or global_hooks())
+
+
+def global_hooks() -> bool:
+    """Say whether somebody has put hooks on all modules there are."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 _FORWARDS = {Norm: rms_norm_forward, GatedMLP: gated_mlp_forward}
@@ -124,14 +160,14 @@ def install(family: Family, backend: Backend, journal: Journal) -> dict[str, tup
     Returns:
         Fused modules, of how many, for `"norms"` and `"MLPs"`.
     """
-    formulas: dict[tuple[type, type], Norm | GatedMLP | None] = {}
+    formulas: dict[tuple[Any, ...], Norm | GatedMLP | None] = {}
     counts = {"norms": [0, 0], "MLPs": [0, 0]}
     for name, module in family.decoder.named_modules():
         kind = type(module).__name__
         group = "norms" if "Norm" in kind else "MLPs" if kind.endswith("MLP") else None
         if group is None or isinstance(module, nn.LayerNorm):  # which is one kernel already
             continue
-        key = type(module), type(getattr(module, "act_fn", None))
+        key = _settings(module)
         if key not in formulas:
             formulas[key] = find_formula(module)
         formula = formulas[key]
@@ -140,12 +176,29 @@ def install(family: Family, backend: Backend, journal: Journal) -> dict[str, tup
         if formula is None or "forward" in vars(module):
             continue
         label = f"{family.decoder_name}.{name}" if family.decoder_name else name
-        forward = MethodType(_FORWARDS[type(formula)], module)
-        journal.set(module, "_patchkit", Fused(backend, formula), label=label)
-        journal.set(module, "forward", forward, label=label)
+        held = Fused(backend, formula, type(module).forward)
+        journal.set(module, "_patchkit", held, label=label)
+        journal.set(module, "forward", MethodType(_FORWARDS[type(formula)], module), label=label)
         journal.set(module, "extra_repr", MethodType(_extra_repr, module), label=label)
         counts[group][0] += 1
     return {group: (fused, total) for group, (fused, total) in counts.items() if total}
+
+
+def remove_copies(model: nn.Module) -> None:
+    """Take our forwards from modules that were copied off fused ones, as PEFT does, and stay."""
+    for module in model.modules():
+        held = vars(module)
+        if isinstance(held.get("_patchkit"), Fused):
+            for name in ("_patchkit", "forward", "extra_repr"):
+                held.pop(name, None)
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Describe all that the formula of a module may depend on."""
+    plain = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    plain.pop("training", None)
+    shapes = tuple((n, p.shape) for n, p in module._parameters.items() if p is not None)
+    return type(module), type(getattr(module, "act_fn", None)), shapes, *sorted(plain.items())
 
 
 def _extra_repr(module: nn.Module) -> str:
@@ -156,10 +209,26 @@ def _extra_repr(module: nn.Module) -> str:
 @torch.no_grad()
 def find_formula(module: nn.Module) -> Norm | GatedMLP | None:
     """Find the formula that the class of `module` computes, by trying it on the CPU."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2:
+        return None
     try:
         return _norm(module) if not module._modules else _gated_mlp(module)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None  # the stand-in lacks something that this class needs
+
+
+class _Given(nn.Module):
+    """Maps the input that is expected to a result that is known."""
+
+    def __init__(self, x: Tensor, result: Tensor) -> None:
+        super().__init__()
+        self._x, self._result = x, result
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x is not self._x:
+            raise ValueError("another input was expected")
+        return self._result.clone()
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:
@@ -167,9 +236,9 @@ def _random(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _stand_in(module: nn.Module, **held: Any) -> nn.Module:
-    """Copy a module without its weights; `held` replaces parts of its `__dict__`."""
+    """Copy a module without its weights and hooks; `held` replaces parts of its `__dict__`."""
     twin = copy.copy(module)
-    twin.__dict__.update(_buffers={}, **held)
+    twin.__dict__.update(_buffers={}, _forward_hooks={}, _forward_pre_hooks={}, **held)
     return twin
 
 
@@ -179,8 +248,8 @@ def _norm(module: nn.Module) -> Norm | None:
     if set(weights) != {"weight"} or weights["weight"] is None or not names:
         return None
     generator = torch.Generator().manual_seed(0)
-    weight = _random(generator, 64)
-    x = 0.01 * _random(generator, 4, 64)  # small enough for the epsilon to matter
+    weight = _random(generator, *weights["weight"].shape)
+    x = 0.01 * _random(generator, 4, *weight.shape)  # small enough for the epsilon to matter
     twin = _stand_in(module, _parameters={"weight": nn.Parameter(weight)})
     expected = type(module).forward(twin, x)
     for offset, round_first in ((0.0, True), (0.0, False), (1.0, False)):
@@ -192,23 +261,21 @@ def _norm(module: nn.Module) -> Norm | None:
 
 
 def _gated_mlp(module: nn.Module) -> GatedMLP | None:
-    if not {"gate_proj", "up_proj", "down_proj"} <= set(module._modules):
+    parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    if set(module._modules) != parts or module._parameters:
         return None
     generator = torch.Generator().manual_seed(0)
     x = _random(generator, 4, 16)
-    held: dict[str, Any] = dict(module._modules)
-    for name, width_in, width_out in (
-        ("gate_proj", 16, 48),
-        ("up_proj", 16, 48),
-        ("down_proj", 48, 16),
-    ):
-        # Initialising the weights would draw from the caller's random numbers.
-        held[name] = skip_init(nn.Linear, width_in, width_out, bias=False, dtype=x.dtype)
-        held[name].weight.copy_(_random(generator, width_out, width_in))
+    gate, up = 4 * _random(generator, 4, 48), _random(generator, 4, 48)
+    act_fn = module.act_fn
+    held = {
+        "gate_proj": _Given(x, gate),
+        "up_proj": _Given(x, up),
+        "down_proj": nn.Identity(),
+        "act_fn": _stand_in(act_fn),
+    }
     expected = type(module).forward(_stand_in(module, _modules=held), x)
     for activation in reference.ACTIVATIONS:
-        gate, up = held["gate_proj"](x), held["up_proj"](x)
-        product = reference.gated_activation(gate, up, activation=activation)
-        if torch.equal(held["down_proj"](product), expected):
-            return GatedMLP(activation)
+        if torch.equal(reference.gated_activation(gate, up, activation=activation), expected):
+            return GatedMLP(activation, type(act_fn))
     return None

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.attention.kernels import shared_bytes
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["decode_attention"]
 
 _TARGET_PROGRAMS = 132
 _MAX_ROWS = 128
-_SHARED_BYTES = 200 * 1024
+_SPARE_BYTES = 27 * 1024  # of shared memory, for what a tile is copied through
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The interpreter keeps bfloat16 as uint16 and would multiply the bit patterns.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -172,14 +173,16 @@ def _merge_kernel(
     tl.store(out_ptr + offs_dv, acc.to(out_ptr.dtype.element_ty), mask=mask_dv)
 
 
-def _blocks(block_dims: int, block_m: int, element_size: int, many: bool) -> dict[str, int]:
-    """Choose BLOCK_N, warps and pipeline depth so that the tiles fit into shared memory.
+def _blocks(
+    block_dims: int, block_m: int, element_size: int, many: bool, shared: int
+) -> dict[str, int]:
+    """Choose BLOCK_N, warps and pipeline depth so that the tiles fit into `shared` bytes.
 
     Where lists are `many`, other programs on the same SM hide a load as well as a deep pipeline.
     """
     for block_n, stages in ((64, 2 if many else 3), (64, 2), (32, 2), (32, 1), (16, 1)):
         tiles = block_n * (block_dims * stages + block_m) + block_m * block_dims
-        if tiles * element_size <= _SHARED_BYTES:
+        if tiles * element_size <= shared - _SPARE_BYTES:
             break
     warps = 2 if block_m <= 16 else 4 if block_m <= 32 else 8
     return {"BLOCK_N": block_n, "num_stages": stages, "num_warps": warps}
@@ -270,7 +273,8 @@ def decode_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(value_dim))
     many = num_lists > _TARGET_PROGRAMS
-    blocks = _blocks(block_d + block_dv, block_m, query.element_size(), many)
+    shared = shared_bytes(query.device)
+    blocks = _blocks(block_d + block_dv, block_m, query.element_size(), many, shared)
     # From shapes only, so that the grid can be captured: fill the GPU, at least one tile each.
     num_tiles = triton.cdiv(capacity if indices is None else num_indices, blocks["BLOCK_N"])
     num_splits = max(1, min(num_tiles, triton.cdiv(_TARGET_PROGRAMS, num_lists)))

@@ -13,10 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.attention.kernels import shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, tanh
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["prefill_attention"]
+
+
+_WIDE = ((128, 128, 3), (128, 64, 2), (64, 64, 2))  # BLOCK_M, BLOCK_N, pipeline depth
+_NARROW = ((64, 64, 1), (64, 32, 1), (32, 32, 1), (16, 16, 1))
 
 
 @triton.jit
@@ -86,10 +91,13 @@ def _prefill_attention_kernel(
     HAS_SINKS: tl.constexpr, ORDERED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    # Later queries see more slots, so their blocks start first.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    # The blocks of a head run side by side and share what they read. Later queries see more slots,
+    # so their blocks start first.
+    num_blocks = tl.cdiv(q_len, BLOCK_M)
+    first = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
+    row = tl.program_id(0) // num_blocks
+    b = (row // num_heads).to(tl.int64)
+    head = (row % num_heads).to(tl.int64)
     h = head // GROUPS
     length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
     seen = tl.load(seen_ptr + b * stride_sb + h * stride_sh)
@@ -171,15 +179,15 @@ def _prefill_attention_kernel(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(block_d: int, element_size: int) -> dict[str, int]:
-    """Choose tile sizes, warps and pipeline depth (measured on Hopper at 128 wide, bf16)."""
-    if element_size == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if block_d <= 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
-    if block_d <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+def _blocks(block_d: int, block_dv: int, element_size: int, shared: int) -> dict[str, int]:
+    """Choose the largest tiles that fit into `shared` bytes, best first (measured on Hopper)."""
+    choices = _NARROW[1:] if element_size == 4 else _WIDE + _NARROW
+    for block_m, block_n, stages in choices:
+        tiles = block_m * block_d + stages * block_n * (block_d + block_dv)
+        if tiles * element_size <= shared:
+            break
+    warps = 8 if block_m * block_d > 64 * 128 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def prefill_attention(
@@ -259,9 +267,10 @@ def prefill_attention(
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(value_dim))
-    blocks = _blocks(max(block_d, block_dv), query.element_size())
+    blocks = _blocks(block_d, block_dv, query.element_size(), shared_bytes(query.device))
+    num_blocks = triton.cdiv(q_len, blocks["BLOCK_M"])
     with torch.cuda.device_of(query):
-        _prefill_attention_kernel[(triton.cdiv(q_len, blocks["BLOCK_M"]), batch_size * num_heads)](
+        _prefill_attention_kernel[(num_blocks * batch_size * num_heads,)](
             query, keys, values, position, length, seen,
             length if behind is None else behind, length if sinks is None else sinks, out,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
