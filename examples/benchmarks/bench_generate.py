@@ -139,7 +139,6 @@ def measure(
         times = [(prefill(), whole(**detailed) if reference else whole())]
     figures["first token"] = [p * 1e3 for p, _ in times]
     figures["token"] = [(w - p) / (new_tokens - 1) * 1e3 for p, w in times]
-    figures["call"] = [w * 1e3 for _, w in times]
     figures["peak memory"] = [torch.cuda.max_memory_allocated() / 1e9]
     answer = answers[0]
     tokens = answer.sequences if reference else answer
