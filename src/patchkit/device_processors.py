@@ -108,7 +108,8 @@ class DeviceProcessor:
     def renewed(self, held: object) -> DeviceProcessor:
         """Return `held` with these constants if it differs in nothing else, otherwise this one.
 
-        The constants are written into those of `held`, whose addresses a recording may know.
+        The constants are written into those of `held`, whose addresses a recording may know. A
+        function of scores alone has none; the processor it was made from serves later calls too.
         """
         if not isinstance(held, DeviceProcessor) or held._layout != self._layout:
             return self
