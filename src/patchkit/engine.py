@@ -272,19 +272,26 @@ def _module_obstacle(model: PreTrainedModel, patch: Patch) -> str | None:
     if global_hooks():
         return "every module has forward hooks"
     devices: set[torch.device] = set()
-    for name, module in model.named_modules():
-        held = vars(module)
-        if "_hf_hook" in held:
-            return f"accelerate moves the weights or inputs of {name or 'the model'}"
-        compiled = hasattr(held.get("forward"), "_torchdynamo_orig_callable")
-        if compiled or module._compiled_call_impl is not None:
-            return f"{name or 'the model'} is compiled"
-        if _foreign_hooks(module, patch):
-            return f"{name or 'the model'} has forward hooks"
+    for module in model.modules():
+        if trouble := _own_obstacle(module, patch):
+            name = next(name for name, found in model.named_modules() if found is module)
+            return trouble.format(name or "the model")
         devices.update(p.device for p in module._parameters.values() if p is not None)
     if len(devices) != 1:
         return f"the weights lie on {sorted(map(str, devices))}"
     return None
+
+
+def _own_obstacle(module: nn.Module, patch: Patch) -> str | None:
+    held = vars(module)
+    if "_hf_hook" in held:
+        return "accelerate moves the weights or inputs of {}"
+    if module._compiled_call_impl is not None:
+        return "{} is compiled"
+    if "forward" in held and hasattr(held["forward"], "_torchdynamo_orig_callable"):
+        return "{} is compiled"
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return "{} has forward hooks" if hooks and _foreign_hooks(module, patch) else None
 
 
 def _foreign_hooks(module: nn.Module, patch: Patch) -> bool:

@@ -190,6 +190,10 @@ def append(
             BLOCK_SCAN=1024,
             num_warps=4 if block_t > 4 else 1,
         )
-    if not single:
-        length += num_tokens if valid is None else valid.sum(-1, keepdim=True, dtype=torch.int32)
+    if single:
+        return
+    if valid is None:
+        torch._foreach_add_([length, seen], num_tokens)
+    else:
+        length += valid.sum(-1, keepdim=True, dtype=torch.int32)
         seen += num_tokens
