@@ -252,6 +252,19 @@ def test_a_replaced_or_hooked_activation_is_the_module_s_own_again(fused_mlp):
     assert kernel_calls(mlp) == 1
 
 
+def test_a_long_prompt_passes_in_blocks_of_rows(fused_mlp, monkeypatch):
+    mlp, _, _ = fused_mlp
+    monkeypatch.setattr("patchkit.decoding.fused._MOST_ROWS", 5)
+    x = random(2, 6, 64)  # blocks of 5, 5 and 2 rows, the second one out of both prompts
+    torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x))
+    assert kernel_calls(mlp) == 3
+    seen = []
+    handle = mlp.up_proj.register_forward_hook(lambda _m, _i, out: seen.append(out.shape))
+    mlp(x)
+    handle.remove()
+    assert seen == [(2, 6, 128)], "a hook sees the whole input, as ever"
+
+
 def test_a_replaced_class_forward_and_training_mode_are_respected(fused_mlp, monkeypatch):
     mlp, x, _ = fused_mlp
     monkeypatch.setattr(type(mlp), "forward", lambda self, x: x + 1)

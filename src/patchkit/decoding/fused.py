@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_MOST_ROWS = 32768
+"""Tokens that pass through an MLP at once: gate and up are the largest tensors of a prefill."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -114,25 +117,39 @@ def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 def gated_mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Map `[..., D]` to `[..., D]`; the forward of a fused MLP."""
     fused: Fused = self.__dict__["_patchkit"]
-    formula, act_fn, gate_proj = fused.formula, self.act_fn, self.gate_proj
+    formula, act_fn = fused.formula, self.act_fn
     assert isinstance(formula, GatedMLP)
     own = type(act_fn) is not formula.act_fn or not _untouched(act_fn)
     if own or not fused.serves(self, args, kwargs):
         return type(self).forward(self, *args, **kwargs)
     (x,) = args
-    gate = gate_proj(x)
-    # Gate and up are the largest tensors of a prefill; the result of a plain Linear is ours alone.
-    ours = type(gate_proj) is nn.Linear and _untouched(gate_proj)
-    product = fused.backend.run(
+    plain = all(_plain_linear(part) for part in (self.gate_proj, self.up_proj, self.down_proj))
+    if x.shape[:-1].numel() <= _MOST_ROWS or not plain:
+        return _gated_mlp_rows(self, fused.backend, formula.activation, x)
+    out = torch.empty(*x.shape[:-1], self.down_proj.out_features, dtype=x.dtype, device=x.device)
+    blocks = (tensor.reshape(-1, tensor.shape[-1]).split(_MOST_ROWS) for tensor in (x, out))
+    for rows, into in zip(*blocks, strict=True):
+        into.copy_(_gated_mlp_rows(self, fused.backend, formula.activation, rows))
+    return out
+
+
+def _gated_mlp_rows(self: nn.Module, backend: Backend, activation: str, x: Tensor) -> Tensor:
+    gate = self.gate_proj(x)
+    product = backend.run(
         "decoding",
         "gated_activation",
         gate.device,
         gate,
         self.up_proj(x),
-        activation=formula.activation,
-        out=gate if ours else None,
+        activation=activation,
+        # The result of a plain Linear is ours alone.
+        out=gate if _plain_linear(self.gate_proj) else None,
     )
     return self.down_proj(product)
+
+
+def _plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and _untouched(module)
 
 
 def _untouched(module: nn.Module) -> bool:
