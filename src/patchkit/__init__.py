@@ -23,6 +23,11 @@ _EXPORTS = {
     "PatchReport": "patchkit.status",
     "TIP": "patchkit.decoding.tip",
     "ThinkingBudget": "patchkit.decoding.thinking_budget",
+    "CAKE": "patchkit.attention.cake",
+    "H2O": "patchkit.attention.h2o",
+    "PyramidKV": "patchkit.attention.pyramidkv",
+    "SnapKV": "patchkit.attention.snapkv",
+    "TOVA": "patchkit.attention.tova",
     "Window": "patchkit.attention.window",
     "apply": "patchkit.api",
     "methods": "patchkit.api",
@@ -33,12 +38,17 @@ _EXPORTS = {
 _SUBMODULES = ("demo", "errors", "testing")
 
 __all__ = [
+    "CAKE",
+    "H2O",
     "TIP",
+    "TOVA",
     "BudgetForcing",
     "CyclicReflex",
     "KVStore",
     "Method",
     "PatchReport",
+    "PyramidKV",
+    "SnapKV",
     "ThinkingBudget",
     "Window",
     "apply",
@@ -54,7 +64,12 @@ __all__ = [
 if TYPE_CHECKING:
     from patchkit import demo, errors, testing
     from patchkit.api import apply, methods, patched, report, restore
+    from patchkit.attention.cake import CAKE
+    from patchkit.attention.h2o import H2O
+    from patchkit.attention.pyramidkv import PyramidKV
+    from patchkit.attention.snapkv import SnapKV
     from patchkit.attention.store import KVStore
+    from patchkit.attention.tova import TOVA
     from patchkit.attention.window import Window
     from patchkit.decoding.budget_forcing import BudgetForcing
     from patchkit.decoding.cyclic_reflex import CyclicReflex

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 # Modules that define methods. A new method adds its module here and nowhere else.
 _METHOD_MODULES = (
     "patchkit.attention.window",
+    "patchkit.attention.h2o",
+    "patchkit.attention.cake",
+    "patchkit.attention.snapkv",
+    "patchkit.attention.pyramidkv",
+    "patchkit.attention.tova",
     "patchkit.decoding.cyclic_reflex",
     "patchkit.decoding.tip",
     "patchkit.decoding.thinking_budget",
@@ -96,9 +101,9 @@ class Method:
         """Name the modules of the model that the method acts on; empty means it cannot act."""
         raise NotImplementedError(f"{type(self).__name__} must say where it acts")
 
-    def eviction_policy(self, layer_idx: int, sliding_window: int | None) -> EvictionPolicy | None:
-        """Return the policy that bounds one layer of the KV store (slot `kv_eviction`)."""
-        return None
+    def eviction_policies(self, family: Family) -> list[EvictionPolicy | None]:
+        """Return what bounds each layer of one new KV store (slot `kv_eviction`)."""
+        return []
 
     def logits_processor(self, call: Call) -> LogitsProcessor | None:
         """Return a fresh processor for one `generate()` call (slot `logit_schedule`)."""

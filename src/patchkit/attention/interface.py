@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from patchkit.attention.dense import dense_attention, prefers_torch
+from patchkit.attention.eviction import Attended
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.compat import CACHE_KEYWORD, find_cache
@@ -161,7 +162,6 @@ def attention(
     if layer is not None:
         stored = query.to(key.dtype)
         out = _attend_store(patch, layer, stored, key, value.to(key.dtype), attention_mask, options)
-        layer.commit()
         return out.to(query.dtype), None
     mask, is_causal = _plain_visibility(query, key, attention_mask, sliding_window)
     patch.backend.calls["dense_attention", "torch"] += 1
@@ -180,34 +180,54 @@ def _attend_store(
     attention_mask: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attend over the slots of a store layer: Triton kernels on a GPU, torch elsewhere."""
-    backend = patch.backend
+    """Attend over the slots of a store layer, then let its policy look and evict.
+
+    Triton kernels on a GPU, torch elsewhere and where it is faster.
+    """
+    backend, policy = patch.backend, layer.policy
     q_len, groups = query.shape[2], query.shape[1] // key.shape[1]
     causal = layer.unmasked(q_len) == "causal"
-    if attention_mask is not None and attention_mask.ndim == 4:
-        visible: Any = _mask_of_columns(attention_mask, layer)
+    custom = attention_mask is not None and attention_mask.ndim == 4
+    if custom and policy is not None and policy.scored:
+        raise UnsupportedGenerationError(
+            "tokens are scored by causal attention; a 4-D attention mask needs kv_eviction=None"
+        )
+    lse, visible = None, None
+    needs_lse = policy is not None and policy.needs_lse(q_len)
+    if custom:
+        visible = _mask_of_columns(attention_mask, layer)
     elif backend.choose(layer.device) == "reference" or (
-        causal and prefers_torch(query, value, **options)
+        causal and not needs_lse and prefers_torch(query, value, **options)
     ):
         visible = layer.visibility(q_len)
+    keys, position = key, layer.position
+    if key.data_ptr() == layer.keys.data_ptr():
+        keys = layer.keys
+    else:  # MLA: keys and values were expanded from the latent slots
+        position = position[:, :, : key.shape[2]]
+    if visible is not None:
+        mask = visible if isinstance(visible, Tensor) else None
+        backend.calls["dense_attention", "torch"] += 1
+        out = dense_attention(
+            query, key, value, mask=mask, is_causal=mask is None and visible == "causal", **options
+        )
     else:
-        position = layer.position
-        if key.data_ptr() == layer.keys.data_ptr():
-            key, value = layer.keys, layer.values
-        else:  # MLA: keys and values were expanded from the latent slots
-            position = position[:, :, : key.shape[2]]
-        held = (query, key, value, position, layer.length, layer.seen)
-        options["sliding_window"] = layer.sliding_window
+        values = layer.values if keys is layer.keys else value
+        held = (query, keys, values, position, layer.length, layer.seen)
+        if needs_lse:
+            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        kernel = {**options, "sliding_window": layer.sliding_window, "lse": lse}
         few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
-        if few:
-            return backend.run("attention", "decode_attention", layer.device, *held, **options)
-        options |= {"behind": layer.behind, "ordered": layer.ordered}
-        return backend.run("attention", "prefill_attention", layer.device, *held, **options)
-    mask = visible if isinstance(visible, Tensor) else None
-    backend.calls["dense_attention", "torch"] += 1
-    return dense_attention(
-        query, key, value, mask=mask, is_causal=mask is None and visible == "causal", **options
-    )
+        if not few:
+            kernel |= {"behind": layer.behind, "ordered": layer.ordered}
+        op = "decode_attention" if few else "prefill_attention"
+        out = backend.run("attention", op, layer.device, *held, **kernel)
+    if policy is not None and policy.scored:
+        masking = {name: options[name] for name in ("scale", "softcap")}
+        masking["sliding_window"] = layer.sliding_window
+        layer.observe(Attended(query, keys, position, lse, masking, options["sinks"]))
+    layer.commit()
+    return out
 
 
 def _mask_of_columns(mask: Tensor, layer: StoreLayer) -> Tensor:

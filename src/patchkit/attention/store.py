@@ -77,14 +77,14 @@ class KVStore(Cache):
         self._owner = weakref.ref(patch.family.decoder)
         self._forward = ForwardPass()
         template = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+        policies = self.eviction and self.eviction.eviction_policies(patch.family)
         layers: list[Any] = []
         for index, (kind, fallback) in enumerate(zip(patch.family.layers, template, strict=False)):
             if not kind.storable:
                 layers.append(fallback)
                 continue
-            window = kind.sliding_window
-            policy = self.eviction and self.eviction.eviction_policy(index, window)
-            layers.append(StoreLayer(self._forward, patch.backend, policy, window))
+            policy = policies[index] if policies else None
+            layers.append(StoreLayer(self._forward, patch.backend, policy, kind.sliding_window))
         super().__init__(layers=layers)
 
     @property
@@ -139,7 +139,7 @@ class KVStore(Cache):
             return
         # One launch for all layers: a loop would cost more than feeding a short prompt. Slots are
         # emptied too: a NaN in a masked one would outlive its weight of 0.
-        emptied = ("keys", "values", "length", "seen", "prompt_length")
+        emptied = ("keys", "values", "length", "seen")
         torch._foreach_zero_([spare[name] for spare in spares for name in emptied])
         positions = [spare["position"] for spare in spares]
         torch._foreach_zero_(positions)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from patchkit.attention.eviction import EvictionPolicy
+from patchkit.attention.eviction import Attended, EvictionPolicy
 from patchkit.backends import Backend
 from patchkit.errors import CacheError
 
@@ -95,7 +95,7 @@ class StoreLayer(CacheLayerMixin):
     position: Tensor
     length: Tensor
     seen: Tensor
-    budget: Tensor | None
+    score: Tensor | None
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class StoreLayer(CacheLayerMixin):
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         if policy is None and sliding_window is not None:
-            policy = EvictionPolicy(budget=sliding_window - 1)
+            policy = EvictionPolicy(sliding_window - 1, sliding_window=sliding_window)
         self.policy = policy
         self._forward = forward
         self.reset()
@@ -118,7 +118,7 @@ class StoreLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop every token and free the memory."""
-        self.keys = self.values = None
+        self.keys = self.values = self.score = None
         self.is_initialized = False
         self.columns = 0
         self.filled = 0  # host-side upper bound on `length`
@@ -129,7 +129,7 @@ class StoreLayer(CacheLayerMixin):
         self.capacity = 0
         self._step = self._forward.step
         self._open = 0  # tokens appended but not yet committed
-        self._overdue = False  # an eviction was deferred for `crop`
+        self.overdue = False  # an eviction was deferred for `crop`
         self._spare: dict[str, Tensor] | None = None
 
     def restart(self) -> dict[str, Tensor] | None:
@@ -149,7 +149,6 @@ class StoreLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         if torch.is_autocast_enabled(self.device.type):  # RoPE leaves it for float32
             self.dtype = torch.get_autocast_dtype(self.device.type)
-        self._prompt_bound = 0
         self.is_initialized = True
         if self._adopt_spare(key_states.shape, value_states.shape):
             return
@@ -161,8 +160,10 @@ class StoreLayer(CacheLayerMixin):
             self.position = torch.full((batch_size, num_kv_heads, 0), -1, **counters)
             self.length = torch.zeros(batch_size, num_kv_heads, **counters)
             self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
-            self.prompt_length = torch.zeros(batch_size, 1, **counters)
-        self._set_budget()
+            if self.policy is not None and self.policy.scored:
+                self.score = torch.zeros(batch_size, num_kv_heads, 0, device=self.device)
+            if self.policy is not None:
+                self.policy.allocate(self)
 
     def _adopt_spare(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
         """Take the tensors that `restart` kept, where they suit the first chunk and no policy."""
@@ -174,7 +175,6 @@ class StoreLayer(CacheLayerMixin):
             if not alike or held.dtype != self.dtype or held.device != self.device:
                 return False
         self.__dict__.update(spare)
-        self.budget = None
         self.capacity = self.keys.shape[2]
         return True
 
@@ -194,32 +194,55 @@ class StoreLayer(CacheLayerMixin):
             return 0
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the layer by its name."""
-        names = ("keys", "values", "position", "length", "seen", "prompt_length", "budget")
-        held = {name: getattr(self, name) for name in names}
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that one slot takes in every row and head together."""
+        per_list = sum(
+            tensor.element_size() * (tensor.shape[3] if tensor.ndim == 4 else 1)
+            for tensor in self._slots().values()
+        )
+        return self.length.numel() * per_list
+
+    def slots_within(self, most_bytes: int) -> int:
+        """Return how many slots per head can be allocated in so many bytes."""
+        return most_bytes // self.slot_bytes // BUCKET * BUCKET
+
+    def _slots(self) -> dict[str, Tensor]:
+        """Return the tensors `[B, H_kv, capacity, ...]`."""
+        held = {name: getattr(self, name) for name in ("keys", "values", "position", "score")}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def _slot_tensors(self, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Allocate empty keys, values and positions of `capacity` slots."""
-        batch_size, num_kv_heads = self.length.shape
-        shape = (batch_size, num_kv_heads, capacity)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the layer by its name."""
+        held = self._slots() | {"length": self.length, "seen": self.seen}
+        return held if self.policy is None else held | self.policy.tensors()
+
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        """Replace tensors of the layer and its policy."""
+        for name, tensor in tensors.items():
+            setattr(self if name in self.__dict__ else self.policy, name, tensor)
+
+    def _empty_slots(self, capacity: int) -> dict[str, Tensor]:
+        """Allocate empty slots."""
         with ordinary_tensors():
             # Zeros, because a masked slot still multiplies its value with a weight of exactly 0.
-            keys = self.keys.new_zeros(*shape, self.keys.shape[-1])
-            values = self.values.new_zeros(*shape, self.values.shape[-1])
-            return keys, values, self.position.new_full(shape, -1)
+            return {
+                name: tensor.new_full(
+                    (*tensor.shape[:2], capacity, *tensor.shape[3:]),
+                    -1 if name == "position" else 0,
+                )
+                for name, tensor in self._slots().items()
+            }
 
     def _reserve(self, new_tokens: int) -> None:
         needed = self.filled + new_tokens
         if needed <= self.capacity:
             return
-        keys, values, position = self._slot_tensors(_bucket(needed))
-        keys[:, :, : self.filled] = self.keys[:, :, : self.filled]
-        values[:, :, : self.filled] = self.values[:, :, : self.filled]
-        position[:, :, : self.filled] = self.position[:, :, : self.filled]
-        self.keys, self.values, self.position = keys, values, position
-        self.capacity = keys.shape[2]
+        slots = self._empty_slots(_bucket(needed))
+        for name, tensor in self._slots().items():
+            slots[name][:, :, : self.filled] = tensor[:, :, : self.filled]
+        self._hold(slots)
+        self.capacity = self.keys.shape[2]
 
     # -- one forward pass -------------------------------------------------------------------
 
@@ -287,11 +310,32 @@ class StoreLayer(CacheLayerMixin):
         self.filled += new_tokens
         self.rollback += new_tokens
         if new_tokens > 1 and self.policy is not None:
-            self.prompt_length += new_tokens if valid is None else valid.sum(-1, keepdim=True)
-            self._prompt_bound += new_tokens
+            self.policy.count(new_tokens, valid)
         self._open = new_tokens
         shown = self.capacity if self._forward.recording else self.filled
         return self.keys[:, :, :shown], self.values[:, :, :shown]
+
+    @property
+    def scores(self) -> Tensor:
+        """`[B, H_kv, capacity]` float32 of a layer whose policy ranks by score."""
+        assert self.score is not None
+        return self.score
+
+    @property
+    def newest(self) -> int:
+        """Tokens of the pass that is under way."""
+        return self._open
+
+    @property
+    def padding(self) -> Tensor | None:
+        """`[B, T]` bool, True for the padding among the tokens of this pass; None for none."""
+        valid = self._forward.valid_on(self.device)
+        return None if valid is None else ~valid
+
+    @property
+    def horizon(self) -> int:
+        """Steps to come, this one included, that must launch the same kernels."""
+        return self._forward.horizon
 
     @property
     def behind(self) -> Tensor | None:
@@ -331,28 +375,59 @@ class StoreLayer(CacheLayerMixin):
             visible &= position > column - self.sliding_window
         return visible | ~visible.any(-1, keepdim=True) if self.ragged else visible
 
+    def observe(self, attended: Attended) -> None:
+        """Show the eviction policy what the pass has attended."""
+        if self.policy is not None:
+            self.policy.observe(self, attended)
+
     def commit(self) -> None:
         """Close the forward pass: enforce the budget on what is stored."""
         new_tokens, self._open = self._open, 0
-        if self.policy is None:
-            return
-        if new_tokens > 1:
-            self._set_budget()
-        if self.filled - 1 + self._forward.horizon <= self._min_budget:
-            return
-        if self.record_past:
-            self._overdue = True
-        elif new_tokens == 1 and not self._overdue:
-            self._evict_one()
-        else:
-            self._evict_many()
+        if self.policy is not None:
+            self.policy.commit(self, new_tokens)
+
+    def shrinks(self, most: int) -> bool:
+        """Say whether slots for `most` tokens per list take less memory than those there are."""
+        return _bucket(most + 1) < self.capacity
+
+    def keep(self, keep: Tensor, count: Tensor, most: int) -> None:
+        """Move some tokens into slots of their own and free the others.
+
+        Args:
+            keep: `[B, H_kv, N]` int32, ascending slot numbers.
+            count: `[B, H_kv]` int32, entries of `keep` in use.
+            most: Upper bound on `count`.
+        """
+        slots = self._empty_slots(_bucket(most + 1))
+        self.backend.run(
+            "attention",
+            "compact",
+            self.device,
+            self.keys,
+            self.values,
+            self.position,
+            keep,
+            count,
+            slots["keys"],
+            slots["values"],
+            slots["position"],
+        )
+        if self.score is not None:
+            kept = keep.clamp(max=self.capacity - 1).long()
+            slots["score"][:, :, : keep.shape[2]] = self.score.gather(2, kept)
+        self._hold(slots)
+        self.capacity = self.keys.shape[2]
+        self.length.copy_(count)
+        self.filled = min(self.filled, most)
+        self.rollback = 0
+        self.overdue = False
 
     # -- replayed steps -----------------------------------------------------------------------
 
     @property
     def recordable(self) -> bool:
         """Whether the next step of one token can be recorded: nothing is open or deferred."""
-        return self.is_initialized and not (self._open or self._overdue or self.record_past)
+        return self.is_initialized and not (self._open or self.overdue or self.record_past)
 
     @property
     def room(self) -> int:
@@ -362,7 +437,7 @@ class StoreLayer(CacheLayerMixin):
     def reserve(self, new_tokens: int) -> None:
         """Allocate slots for `new_tokens` more, or as many as the budget lets live at a time."""
         if self.policy is not None:
-            new_tokens = min(new_tokens, max(1, self._max_budget + 1 - self.filled))
+            new_tokens = min(new_tokens, max(1, self.policy.highest + 1 - self.filled))
         self._reserve(new_tokens)
 
     def counters(self) -> dict[str, Any]:
@@ -376,99 +451,7 @@ class StoreLayer(CacheLayerMixin):
         self.filled += 1
         self.rollback += 1
         if self.policy is not None:
-            self._note_eviction()
-
-    # -- eviction ---------------------------------------------------------------------------
-
-    def _set_budget(self) -> None:
-        """Refresh `budget [B, H_kv]` on the device and its bounds on the host."""
-        self.budget = None
-        if self.policy is None:
-            return
-        budget, floor = self.policy.budget, self.policy.num_sink_tokens + 1
-        limit = None if self.sliding_window is None else self.sliding_window - 1
-        if isinstance(budget, float):
-            per_row = (self.prompt_length * budget).to(torch.int32).clamp(floor, limit)
-            self.budget = per_row.expand_as(self.length).contiguous()
-            self._min_budget = 0
-            self._max_budget = max(floor, int(self._prompt_bound * budget))
-            if limit is not None:
-                self._max_budget = min(self._max_budget, limit)
-            return
-        per_head = budget if isinstance(budget, tuple) else (budget,) * self.length.shape[1]
-        if limit is not None:
-            per_head = tuple(min(tokens, limit) for tokens in per_head)
-        self.budget = self.length.new_tensor(per_head).expand_as(self.length).contiguous()
-        self._min_budget, self._max_budget = min(per_head), max(per_head)
-
-    def _evict_one(self) -> None:
-        assert self.policy is not None
-        self.backend.run(
-            "attention",
-            "evict_lowest",
-            self.device,
-            self.keys,
-            self.values,
-            self.position,
-            self.length,
-            self.budget,
-            score=self.policy.score(self),
-            num_protected=self.policy.num_sink_tokens,
-        )
-        self._note_eviction()
-
-    def _note_eviction(self) -> None:
-        if self.filled > self._min_budget:
-            self.filled = min(self.filled, self._max_budget)
-            self.rollback = 0
-            self.ordered = False
-
-    def _evict_many(self) -> None:
-        """Keep the best `budget` tokens of every head and move them into slots of that size."""
-        keep, count = self._select()
-        keys, values, position = self._slot_tensors(_bucket(self._max_budget + 1))
-        self.backend.run(
-            "attention",
-            "compact",
-            self.device,
-            self.keys,
-            self.values,
-            self.position,
-            keep,
-            count,
-            keys,
-            values,
-            position,
-        )
-        self.keys, self.values, self.position = keys, values, position
-        self.capacity = keys.shape[2]
-        self.length.copy_(count)
-        self.filled = min(self.filled, self._max_budget)
-        self.rollback = 0
-        self._overdue = False
-
-    def _select(self) -> tuple[Tensor, Tensor]:
-        """Return slots to keep `[B, H_kv, width]`, ascending, and how many of them count."""
-        assert self.policy is not None and self.budget is not None
-        position = self.position[:, :, : self.filled]
-        width = min(self._max_budget, self.filled)
-        score = self.policy.score(self)
-        slot = torch.arange(self.filled, device=self.device)
-        # Live slots come first and sinks never move, so the sinks are the leading slots.
-        sink = (slot < self.policy.num_sink_tokens) & (position >= 0)
-        if score is None:
-            age = position.masked_fill(sink, torch.iinfo(torch.int32).max)
-            keep = age.topk(width, dim=-1).indices
-        else:
-            ranked = score[:, :, : self.filled].masked_fill(sink, torch.inf)
-            newest_first = position.argsort(dim=-1, descending=True)
-            ranked = ranked.masked_fill(position < 0, -torch.inf).gather(-1, newest_first)
-            best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :width]
-            keep = newest_first.gather(-1, best)
-        count = torch.minimum(self.length, self.budget)
-        beyond = torch.arange(width, device=self.device) >= count[..., None]
-        keep = keep.masked_fill(beyond, self.filled).sort(dim=-1).values
-        return keep, count
+            self.policy.note_eviction(self)
 
     # -- what transformers asks of a cache layer ----------------------------------------------
 
@@ -501,6 +484,11 @@ class StoreLayer(CacheLayerMixin):
                 f"crop takes a count of newest tokens as a number <= 0, got {tokens_to_remove}"
             )
         if remove and self.is_initialized:
+            if self.score is not None:
+                raise CacheError(
+                    f"cannot remove the newest {remove} tokens: the scores of the others include "
+                    "their attention; feed a copy.deepcopy() of the store instead"
+                )
             if remove > self.rollback:
                 raise CacheError(
                     f"cannot remove the newest {remove} tokens: others were evicted "
@@ -513,8 +501,8 @@ class StoreLayer(CacheLayerMixin):
             self.seen -= remove
             self.filled = min(self.filled, self.columns) if self.ragged else self.filled - remove
             self.rollback -= remove
-        if self._overdue and self.is_initialized:
-            self._evict_many()
+        if self.overdue and self.policy is not None:
+            self.policy.evict_many(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the rows in place (beam search)."""
@@ -526,15 +514,17 @@ class StoreLayer(CacheLayerMixin):
         """Repeat every row `repeats` times."""
         if self.is_initialized:
             with ordinary_tensors():
-                for name, tensor in self.tensors().items():
-                    setattr(self, name, tensor.repeat_interleave(repeats, dim=0))
+                held = self.tensors().items()
+                self._hold(
+                    {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in held}
+                )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows only."""
         if self.is_initialized:
             with ordinary_tensors():
-                for name, tensor in self.tensors().items():
-                    setattr(self, name, tensor[indices.to(self.device)])
+                chosen, held = indices.to(self.device), self.tensors()
+                self._hold({name: tensor[chosen] for name, tensor in held.items()})
 
     def offload(self) -> None:
         """Refuse: the slots of a step must stay where its kernels expect them."""

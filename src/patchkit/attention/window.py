@@ -37,86 +37,41 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from patchkit.attention.eviction import EvictionPolicy
-from patchkit.families import Family
-from patchkit.method import Method
-
-LayerBudget = int | Sequence[int]
+from patchkit.attention.eviction import (
+    Budget,
+    EvictionPolicy,
+    KVEviction,
+    LayerBudget,
+    apply_method,
+)
 
 
 @dataclass(frozen=True)
-class Window(Method, name="window", slots=("kv_eviction",)):
+class Window(KVEviction, name="window", slots=("kv_eviction",)):
     """Keep attention sinks and the most recent tokens.
 
     Attributes:
         budget: Tokens per layer and KV head (int), kept fraction of the prompt (float), or one
             int, or one int per KV head, for each layer.
         num_sink_tokens: First tokens of each row that are never dropped.
+        budget_bytes: What the slots of the whole store may take, all rows together, instead of
+            `budget`.
 
     Raises:
         ValueError: a budget leaves no room beside the sinks, or a fraction is not in (0, 1].
     """
 
-    budget: int | float | Sequence[LayerBudget] = 1024
-    num_sink_tokens: int = 4
-
-    def __post_init__(self) -> None:
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"num_sink_tokens must be >= 0, got {self.num_sink_tokens}")
-        if isinstance(self.budget, float):
-            if not 0 < self.budget <= 1:
-                raise ValueError(
-                    f"a budget given as a float is the kept fraction of the prompt and must be in "
-                    f"(0, 1], got {self.budget}"
-                )
-            return
-        per_layer = (self.budget,) if isinstance(self.budget, int) else tuple(self.budget)
-        frozen = tuple(b if isinstance(b, int) else tuple(b) for b in per_layer)
-        for budget in frozen:
-            lowest = budget if isinstance(budget, int) else min(budget, default=0)
-            if lowest <= self.num_sink_tokens:
-                raise ValueError(
-                    f"budget must exceed num_sink_tokens={self.num_sink_tokens}, got {budget}"
-                )
-        if not isinstance(self.budget, int):
-            object.__setattr__(self, "budget", frozen)
-
-    def check(self, family: Family) -> None:
-        """Raise ValueError if per-layer budgets do not match the model's layers and heads."""
-        if not isinstance(self.budget, tuple):
-            return
-        if len(self.budget) != len(family.layers):
-            raise ValueError(
-                f"expected one budget for each of {len(family.layers)} layers, "
-                f"got {len(self.budget)}"
-            )
-        num_kv_heads = family.num_kv_heads
-        for index, budget in enumerate(self.budget):
-            if isinstance(budget, tuple) and len(budget) != num_kv_heads:
-                raise ValueError(
-                    f"layer {index}: expected one budget for each of {num_kv_heads} KV heads, "
-                    f"got {len(budget)}"
-                )
-
-    def sites(self, family: Family) -> tuple[str, ...]:
-        """Name the attention modules whose cache layer is bounded."""
-        return tuple(layer.name for layer in family.layers if layer.storable)
-
-    def eviction_policy(self, layer_idx: int, sliding_window: int | None) -> EvictionPolicy:
-        """Bound one layer; sliding-window layers keep recent tokens only."""
-        budget = self.budget[layer_idx] if isinstance(self.budget, tuple) else self.budget
-        assert isinstance(budget, (int, float, tuple))
-        return EvictionPolicy(
-            budget=budget,
-            num_sink_tokens=self.num_sink_tokens if sliding_window is None else 0,
-            per_head=isinstance(budget, tuple),
-        )
+    def policies(self, budgets: Sequence[Budget], most_bytes: int | None) -> list[EvictionPolicy]:
+        """Drop the oldest tokens behind the sinks."""
+        sinks = self.num_sink_tokens
+        return [EvictionPolicy(budget, sinks, most_bytes=most_bytes) for budget in budgets]
 
 
 def patch(
     model: nn.Module,
     budget: int | float | Sequence[LayerBudget] = 1024,
     num_sink_tokens: int = 4,
+    budget_bytes: int | None = None,
 ) -> nn.Module:
     """Bound the KV cache of `model` to sinks and recent tokens until `patchkit.restore`.
 
@@ -124,6 +79,7 @@ def patch(
         model: A transformers causal language model, patched in place.
         budget: See `Window`.
         num_sink_tokens: See `Window`.
+        budget_bytes: See `Window`.
 
     Returns:
         The same model.
@@ -132,6 +88,4 @@ def patch(
         ValueError: a setting is out of range.
         PatchkitError: the model cannot be patched; see `patchkit.apply`.
     """
-    from patchkit.api import apply
-
-    return apply(model, Window(budget=budget, num_sink_tokens=num_sink_tokens))
+    return apply_method(model, Window(budget, num_sink_tokens, budget_bytes))
