@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from patchkit.patch import Patch
 
 
@@ -51,6 +53,10 @@ class PatchReport:
         kv_bytes: Allocated bytes of the latest KV store, None if none is alive.
         kv_columns: Tokens that store has consumed, and the most it holds for any head.
         kv_stored: See `kv_columns`.
+        kv_dense_bytes: What its tokens would take without eviction.
+        kv_budgets: With an eviction method, the largest budget of any head by layer; None for a
+            layer without one.
+        kv_evicted: With an eviction method, tokens dropped by layer, over all rows and heads.
         displaced: Patched attributes that somebody has changed since; `restore` would refuse.
     """
 
@@ -69,6 +75,9 @@ class PatchReport:
     kv_bytes: int | None = None
     kv_columns: int | None = None
     kv_stored: int | None = None
+    kv_dense_bytes: int | None = None
+    kv_budgets: tuple[int | None, ...] = ()
+    kv_evicted: tuple[int | None, ...] = ()
     displaced: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +116,12 @@ class PatchReport:
                     f"at most {self.kv_stored} stored per head",
                 )
             )
+        if any(self.kv_evicted):
+            dropped = sum(count or 0 for count in self.kv_evicted)
+            rows.append(("evicted", f"{dropped:,} tokens over all layers, rows and heads"))
+            rows.append(("instead of", f"{self.kv_dense_bytes:,} bytes of keys and values"))
+            budgets = ", ".join("all" if b is None else str(b) for b in self.kv_budgets)
+            rows.append(("budgets", f"at most {budgets} tokens per head, by layer"))
         rows = [row for row in rows if row[1]]
         rows.append(("in place", "no: " + ", ".join(self.displaced) if self.displaced else "yes"))
         width = max(len(name) for name, _ in rows)
@@ -159,5 +174,16 @@ def build_report(model: Any, patch: Patch | None) -> PatchReport:
         kv_stored=None
         if store is None
         else max((int(length.max()) for length in store.lengths()), default=0),
+        kv_dense_bytes=None if store is None else store.dense_bytes,
+        kv_budgets=_most(store.budgets()) if store and store.eviction else (),
+        kv_evicted=_total(store.evicted()) if store and store.eviction else (),
         displaced=tuple(patch.journal.displaced()),
     )
+
+
+def _most(tensors: list[Tensor | None]) -> tuple[int | None, ...]:
+    return tuple(None if tensor is None else int(tensor.max()) for tensor in tensors)
+
+
+def _total(tensors: list[Tensor | None]) -> tuple[int | None, ...]:
+    return tuple(None if tensor is None else int(tensor.sum()) for tensor in tensors)

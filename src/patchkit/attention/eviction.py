@@ -125,6 +125,21 @@ class EvictionPolicy:
         """Return the tensors whose rows follow those of the batch."""
         return {name: getattr(self, name) for name in ("budget", "recent", "prompt_length")}
 
+    def counters(self) -> dict[str, Any]:
+        """Return what the host knows of the budget."""
+        names = ("tokens", "lowest", "highest", "_prompt_bound")
+        return {name: getattr(self, name) for name in names}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Take over what `counters` returned, through JSON or not."""
+        tokens = counters["tokens"]
+        self.__dict__.update(counters, tokens=tuple(tokens) if isinstance(tokens, list) else tokens)
+
+    def evicted(self, layer: StoreLayer) -> Tensor:
+        """Count the tokens dropped so far, `[B, H_kv]` int32."""
+        arrived = self.prompt_length + (layer.columns - self._prompt_bound)
+        return arrived - layer.length
+
     def _tokens_of_bytes(self, layer: StoreLayer) -> int:
         assert self.most_bytes is not None
         slots = layer.slots_within(self.most_bytes)
@@ -288,7 +303,8 @@ class KVEviction(Method):
 
     def eviction_policies(self, family: Family) -> list[EvictionPolicy | None]:
         """Bound every layer; those with a sliding window keep recent tokens and no sinks."""
-        kinds, budgets = family.layers, self.budget
+        kinds = family.layers
+        budgets: Any = self.budget  # see __post_init__
         per_layer = budgets if isinstance(budgets, tuple) else (budgets,) * len(kinds)
         each = self.budget_bytes and self.budget_bytes // sum(kind.storable for kind in kinds)
         full = [kind.storable and kind.sliding_window is None for kind in kinds]

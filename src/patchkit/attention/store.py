@@ -17,12 +17,16 @@ empty. Attention masks are derived from it, never from the order of the slots.
 
 from __future__ import annotations
 
+import json
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
@@ -106,6 +110,81 @@ class KVStore(Cache):
     def lengths(self) -> list[Tensor]:
         """Live tokens per layer, each `[B, H_kv]` int32 on the layer's device."""
         return [layer.length for layer in self.store_layers if layer.is_initialized]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of keys and values that a cache without eviction would hold by now."""
+        return sum(layer.dense_bytes for layer in self.store_layers)
+
+    def budgets(self) -> list[Tensor | None]:
+        """Budgets per layer, each `[B, H_kv]` int32, or None for a layer without a bound."""
+        held = [layer for layer in self.store_layers if layer.is_initialized]
+        return [layer.policy and layer.policy.budget for layer in held]
+
+    def evicted(self) -> list[Tensor | None]:
+        """Tokens dropped so far per layer, each `[B, H_kv]`; None for a layer without a bound."""
+        held = [layer for layer in self.store_layers if layer.is_initialized]
+        return [layer.policy and layer.policy.evicted(layer) for layer in held]
+
+    # -- on disk -----------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the store to a safetensors file; only live slots take room.
+
+        Raises:
+            CacheError: some layers are transformers' own, or a forward pass did not finish.
+        """
+        if len(self.store_layers) < len(self.layers):
+            raise CacheError("only a store whose layers are all patchkit's can be saved")
+        if any(layer.newest for layer in self.store_layers):
+            raise CacheError("an earlier forward pass over this KVStore did not finish")
+        tensors: dict[str, Tensor] = {}
+        counters = []
+        for index, layer in enumerate(self.store_layers):
+            held, host = layer.state()
+            counters.append(host)
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in held.items()}
+        described = {"eviction": repr(self.eviction), "counters": json.dumps(counters)}
+        save_file(tensors, path, metadata=described | {"format": "pt"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> KVStore:
+        """Read a store that `save` wrote, onto the device of a model.
+
+        Args:
+            path: The file.
+            model: A patched model with the weights, and the eviction method, that filled it.
+
+        Raises:
+            CacheError: the model is not patched, has another eviction method, or another number
+                of layers or heads.
+        """
+        store = cls(model)
+        family = unwrap(model).__dict__["_patchkit"].family
+        device = family.decoder.device
+        with safe_open(path, "pt", device=str(device)) as file:
+            described = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if described["eviction"] != repr(store.eviction):
+            raise CacheError(
+                f"the file was saved with kv_eviction={described['eviction']}, the model has "
+                f"kv_eviction={store.eviction}"
+            )
+        counters = json.loads(described["counters"])
+        if len(counters) != len(store.store_layers):
+            raise CacheError(
+                f"the file holds {len(counters)} layers, the model has {len(store.store_layers)}"
+            )
+        for index, (layer, host) in enumerate(zip(store.store_layers, counters, strict=True)):
+            own = f"{index}."
+            held = {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
+            if held and held["keys"].shape[1] != family.num_kv_heads:
+                raise CacheError(
+                    f"the file holds {held['keys'].shape[1]} KV heads per layer, the model has "
+                    f"{family.num_kv_heads}"
+                )
+            layer.load_state(held, host)
+        return store
 
     # -- decoding at fixed addresses ---------------------------------------------------------
 

@@ -19,6 +19,10 @@ BUCKET = 256
 """Capacity granularity in tokens."""
 
 
+_COUNTERS = ("columns", "filled", "rollback", "ragged", "ordered")
+"""What the host knows of a layer between two forward passes."""
+
+
 def ordinary_tensors() -> AbstractContextManager[None]:
     """Make tensors inside `torch.inference_mode` that may be written to outside of it later."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
@@ -95,7 +99,7 @@ class StoreLayer(CacheLayerMixin):
     position: Tensor
     length: Tensor
     seen: Tensor
-    score: Tensor | None
+    score: Tensor | None = None
 
     def __init__(
         self,
@@ -195,6 +199,14 @@ class StoreLayer(CacheLayerMixin):
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of keys and values that a cache without eviction would hold by now."""
+        if not self.is_initialized:
+            return 0
+        width = self.keys.shape[3] + self.values.shape[3]
+        return self.length.numel() * self.columns * width * self.keys.element_size()
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes that one slot takes in every row and head together."""
         per_list = sum(
@@ -206,6 +218,30 @@ class StoreLayer(CacheLayerMixin):
     def slots_within(self, most_bytes: int) -> int:
         """Return how many slots per head can be allocated in so many bytes."""
         return most_bytes // self.slot_bytes // BUCKET * BUCKET
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a layer between two passes holds: its tensors, and the host's bookkeeping."""
+        tensors = self.tensors() if self.is_initialized else {}
+        for name in self._slots():
+            tensors[name] = tensors[name][:, :, : self.filled]
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return tensors, counters | {"policy": self.policy and self.policy.counters()}
+
+    def load_state(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Take a state over; the tensors `keys`, `values`, ... become the layer's own."""
+        self.reset()
+        policy = counters.pop("policy")
+        self.__dict__.update(counters)
+        if not tensors:
+            return
+        self.is_initialized = True
+        for name, tensor in tensors.items():
+            setattr(self if name in StoreLayer.__annotations__ else self.policy, name, tensor)
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.capacity = self.keys.shape[2]
+        if self.policy is not None:
+            self.policy.load_counters(policy)
+            self._reserve(1)
 
     def _slots(self) -> dict[str, Tensor]:
         """Return the tensors `[B, H_kv, capacity, ...]`."""
