@@ -67,7 +67,9 @@ class EvictionOracle:
         self.valid, self.passes = valid, {}
         before = torch.tensor([[self._count(row)] for row in range(len(ids))])
         position_ids = (before + valid.long().cumsum(-1) - 1).clamp(min=0)
-        self._counts = [c + int(v.sum()) for c, v in zip(before.flatten().tolist(), valid)]
+        self._counts = [
+            c + int(v.sum()) for c, v in zip(before.flatten().tolist(), valid, strict=True)
+        ]
         self.seen += ids.shape[1]
         out = self.model(ids, position_ids=position_ids, use_cache=False)
         self.rule([self.passes[layer] for layer in sorted(self.passes)])
@@ -160,7 +162,7 @@ def h2o_rule(
             for i, column in enumerate(state.columns):
                 if column >= oldest:
                     got = state.weights[:, i].sum(0) * fading ** (state.seen - 1 - column)
-                    tokens.scores = [s + float(g) for s, g in zip(tokens.scores, got)]
+                    tokens.scores = [s + float(g) for s, g in zip(tokens.scores, got, strict=True)]
             most = budget_of(budget, tokens, sinks)
 
             def key(i: int, tokens=tokens, state=state) -> float:
@@ -195,7 +197,7 @@ def _vote(state: Pass, window: int, width: int) -> None:
         tokens.scores = [s * keep**size for s in tokens.scores]
         for i, column in enumerate(state.columns):
             got = state.weights[:, i].sum(0) * keep ** (state.seen - 1 - column) / window
-            tokens.scores = [s + float(g) for s, g in zip(tokens.scores, got)]
+            tokens.scores = [s + float(g) for s, g in zip(tokens.scores, got, strict=True)]
         return
     voters = min(size, window)
     inside = [i for i, column in enumerate(state.columns) if column >= state.seen - voters]
@@ -273,9 +275,9 @@ def _fill(weights: list[float], caps: list[int], total: int) -> list[int]:
         low, high = 0.0, total / min(w for w in weights if w > 0) + 1
         for _ in range(500):
             level = (low + high) / 2
-            filled = sum(min(cap, level * w) for cap, w in zip(caps, weights))
+            filled = sum(min(cap, level * w) for cap, w in zip(caps, weights, strict=True))
             low, high = (level, high) if filled < total else (low, level)
-        parts = [min(cap, low * w) for cap, w in zip(caps, weights)]
+        parts = [min(cap, low * w) for cap, w in zip(caps, weights, strict=True)]
     whole = [math.floor(part + 1e-9) for part in parts]
     by_remainder = sorted(range(len(parts)), key=lambda i: (whole[i] - parts[i], i))
     for i in by_remainder[: total - sum(whole)]:

@@ -1,0 +1,244 @@
+"""What evicting costs and what it saves, on the Llama-3.1-8B shape.
+
+    python examples/benchmarks/bench_eviction.py --parts cut decode batch     # 5 minutes on an H200
+    python examples/benchmarks/bench_eviction.py --parts cut --kvpress FOLDER # an unpacked kvpress
+
+cut: scoring a prompt, choosing tokens and moving them, for one layer; the floor is one read of the
+keys, one write and read of the scores, and the kept tokens moved. Beside it kvpress's SnapKV and
+the forward attention itself. Kernels are queued behind a pause, so that launching them is not
+timed; kvpress waits for the device in the middle and is timed as it is.
+decode: whole `generate()` calls over long prompts, beside dense decoding of as many tokens as the
+budget keeps.
+batch: 16 prompts of 32,768 tokens: rate, memory, and the bytes given back after the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+from bench_generate import call, seconds
+from harness import copy_rate, device_name, record, time_ms
+from models import load
+from transformers import PreTrainedModel
+
+import patchkit
+from patchkit.attention.eviction import Attended
+from patchkit.attention.kernels import prefill_attention
+from patchkit.attention.store_layer import StoreLayer
+from patchkit.method import Method
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+
+
+def queued_ms(run: Callable[[], object], before: Callable[[], object], repeats: int) -> list[float]:
+    """Time `run` on the device, with `before` in front of every call and outside of the time."""
+    times = []
+    for repeat in range(repeats + 1):
+        before()
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        torch.cuda._sleep(5_000_000)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat:
+            times.append(start.elapsed_time(end))
+    return times
+
+
+def make_layer(
+    model: PreTrainedModel, method: Method, length: int
+) -> tuple[StoreLayer, Attended, Callable[[], None]]:
+    """Fill one layer with random tokens; return it, its attention, and what undoes an eviction."""
+    with patchkit.patched(model, method):
+        layer = patchkit.KVStore(model).store_layers[0]
+    shape = (1, KV_HEADS, length, DIM)
+    key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(1, HEADS, length, DIM, device="cuda", dtype=torch.bfloat16)
+    layer._forward.begin(None)
+    layer.update(key, value)
+    slots, counters, policy = layer._slots(), layer.counters(), dict(vars(layer.policy))
+    full = layer.length.clone()
+
+    def undo() -> None:
+        layer._hold(slots)
+        layer.__dict__.update(counters)
+        layer.policy.__dict__.update(policy)
+        layer.capacity = layer.keys.shape[2]
+        layer.length.copy_(full)
+
+    masking = {"scale": DIM**-0.5, "softcap": None, "sliding_window": None}
+    attended = Attended(query, layer.keys, layer.position, None, masking, None)
+    return layer, attended, undo
+
+
+def bench_cut(model: PreTrainedModel, lengths: list[int], budget: int, kvpress: str | None) -> None:
+    rate = copy_rate()
+    for length in lengths:
+        config = f"8b layer B1 S{length} b{budget} bf16"
+        cache = KV_HEADS * length * DIM * 2
+        moved = 4 * budget * KV_HEADS * DIM * 2
+        floor = (cache + 2 * 4 * KV_HEADS * length + moved) / rate * 1e3
+        record("eviction", config, "floor", "cut", "ms", [floor])
+        repeats = 5 if length > 100_000 else 20
+        layer, attended, undo = make_layer(model, patchkit.H2O(budget=budget), length)
+        lse = torch.empty(1, HEADS, length, device="cuda")
+        held = (attended.query, layer.keys, layer.values, layer.position, layer.length, layer.seen)
+        options = {"scale": DIM**-0.5, "ordered": True}
+        plain = time_ms(lambda: prefill_attention(*held, **options), repeats)
+        record("eviction", config, "patchkit", "forward attention", "ms", plain)
+        with_lse = time_ms(lambda: prefill_attention(*held, **options, lse=lse), repeats)
+        record("eviction", config, "patchkit", "forward attention with lse", "ms", with_lse)
+        attended = Attended(*held[:2], held[3], lse, attended.masking, None)
+        times = queued_ms(lambda: layer.policy.observe(layer, attended), undo, repeats)
+        record("eviction", config, "H2O", "score", "ms", times)
+        del layer, held, attended, undo, lse
+        for cls in (patchkit.SnapKV, patchkit.CAKE, patchkit.TOVA):
+            layer, attended, undo = make_layer(model, cls(budget=budget), length)
+            policy = layer.policy
+            steps = {
+                "score": lambda: policy.observe(layer, attended),
+                "cut": lambda: (policy.observe(layer, attended), policy.evict_many(layer)),
+            }
+            for metric, run in steps.items():
+                times = queued_ms(run, undo, repeats)
+                record("eviction", config, cls.__name__, metric, "ms", times)
+            undo()
+            whole = layer.keys, layer.values
+            del layer, policy, steps, run, undo
+        if kvpress is not None:
+            bench_kvpress(model, config, attended, whole, budget, kvpress, repeats)
+        torch.cuda.empty_cache()
+
+
+def bench_kvpress(model, config, attended, whole, budget, folder, repeats) -> None:
+    """Run kvpress's own SnapKV on the same keys; its package is not imported, its modules are."""
+    for name in ("kvpress", "kvpress.presses"):
+        package = types.ModuleType(name)
+        package.__path__ = [f"{folder}/{name.replace('.', '/')}"]
+        sys.modules.setdefault(name, package)
+    press_class = importlib.import_module("kvpress.presses.snapkv_press").SnapKVPress
+    length = attended.query.shape[2]
+    press = press_class(compression_ratio=1 - budget / length, window_size=32)
+    module = model.model.layers[0].self_attn
+    hidden = torch.randn(1, length, 4096, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(length, device="cuda")[None]
+    embeddings = {"position_embeddings": model.model.rotary_emb(hidden, positions)}
+    keys, values = (tensor[:, :, :length] for tensor in whole)
+    score = time_ms(lambda: press.score(module, hidden, keys, values, None, embeddings), repeats)
+    record("eviction", config, "kvpress SnapKV", "score", "ms", score)
+    cut = time_ms(lambda: press.compress(module, hidden, keys, values, None, embeddings), repeats)
+    record("eviction", config, "kvpress SnapKV", "cut", "ms", cut)
+
+
+def release(model: PreTrainedModel) -> None:
+    patchkit.restore(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def prompt(batch_size: int, length: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (batch_size, length)
+    return torch.randint(5, 128_000, size, device="cuda", generator=generator)
+
+
+def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int], new: int) -> None:
+    methods = (patchkit.H2O, patchkit.SnapKV, patchkit.CAKE, patchkit.TOVA, patchkit.Window)
+    for budget in budgets:
+        patchkit.apply(model)
+        ids = prompt(1, budget - new // 2)  # so that the average context is the budget
+        call(model, ids, new)
+        times = [token_ms(model, ids, new) for _ in range(3)]
+        record("eviction", f"8b B1 S{budget} +{new} bf16", "dense", "token", "ms", times)
+        release(model)
+        for length in lengths:
+            config = f"8b B1 S{length} b{budget} +{new} bf16"
+            for cls in methods[: 2 if length > 100_000 else None]:
+                patchkit.apply(model, cls(budget=budget))
+                ids = prompt(1, length)
+                torch.cuda.reset_peak_memory_stats()
+                prefill = seconds(lambda ids=ids: call(model, ids, 1))
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                whole = seconds(lambda ids=ids: call(model, ids, new))
+                token = (whole - prefill) / (new - 1) * 1e3
+                record("eviction", config, cls.__name__, "token", "ms", [token])
+                record("eviction", config, cls.__name__, "first token", "ms", [prefill * 1e3])
+                record("eviction", config, cls.__name__, "peak memory", "GB", [peak])
+                release(model)
+
+
+def token_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> float:
+    prefill = seconds(lambda: call(model, ids, 1))
+    return (seconds(lambda: call(model, ids, new)) - prefill) / (new - 1) * 1e3
+
+
+@torch.no_grad()
+def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) -> None:
+    config = f"8b B{batch_size} S{length} b1024 +{new} bf16"
+    for cls in (None, patchkit.H2O, patchkit.SnapKV, patchkit.CAKE):
+        provider = "dense" if cls is None else cls.__name__
+        patchkit.apply(model, *([] if cls is None else [cls(budget=1024)]))
+        ids = prompt(batch_size, length)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            prefill = seconds(lambda ids=ids: call(model, ids, 1))
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            out = []
+            whole = seconds(
+                lambda ids=ids, out=out: out.append(
+                    call(model, ids, new, return_dict_in_generate=True)
+                )
+            )
+        except torch.OutOfMemoryError:
+            print(f"{config} {provider}: out of memory", flush=True)
+            release(model)
+            continue
+        gc.collect()
+        held = (torch.cuda.memory_allocated() - before) / 1e9
+        store = out[0].past_key_values
+        token = (whole - prefill) / (new - 1) * 1e3
+        record("eviction", config, provider, "token", "ms", [token])
+        record("eviction", config, provider, "first token", "ms", [prefill * 1e3])
+        record("eviction", config, provider, "peak memory", "GB", [peak])
+        record("eviction", config, provider, "held after the call", "GB", [held])
+        record("eviction", config, provider, "dense KV", "GB", [store.dense_bytes / 1e9])
+        per_row = held * 1e9 / batch_size
+        free = torch.cuda.get_device_properties(0).total_memory - before
+        record("eviction", config, provider, "rows that fit", "rows", [free // per_row])
+        del out, store
+        release(model)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=["cut", "decode", "batch"], default=["cut"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768, 131072])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[1024, 2048])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--kvpress", help="folder that holds an unpacked kvpress")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    print(f"on {device_name()}")
+    model = load("8b", "cuda")
+    if "cut" in args.parts:
+        bench_cut(model, args.lengths, 2048, args.kvpress)
+    if "decode" in args.parts:
+        bench_decode(model, [n for n in args.lengths if n > 8192], args.budgets, args.new_tokens)
+    if "batch" in args.parts:
+        bench_batch(model, args.batch_size, 32768, args.new_tokens)
+
+
+if __name__ == "__main__":
+    main()
