@@ -15,6 +15,10 @@ from patchkit.method import registry
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+SMALL = {
+    "kv_eviction.py": ("--tokens", "320", "--budgets", "96"),
+    "long_chat.py": ("--turns", "3", "--budget", "64"),
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -50,7 +54,7 @@ def test_ci_runs_the_readmes_commands():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
+        [sys.executable, str(ROOT / "examples" / name), *SMALL.get(name, ())],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
