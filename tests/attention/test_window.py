@@ -178,7 +178,7 @@ def test_fraction_counts_each_rows_own_prompt():
         out = generated(model, **batch)
     for length in out.past_key_values.lengths():
         assert length.tolist() == [[12, 12], [5, 5], [8, 8]]
-    assert all(layer.capacity == 256 for layer in out.past_key_values.store_layers)
+    assert all(layer.capacity == 16 for layer in out.past_key_values.store_layers)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -16,7 +16,10 @@ from patchkit.backends import Backend
 from patchkit.errors import CacheError
 
 BUCKET = 256
-"""Capacity granularity in tokens."""
+"""Granularity in tokens of a capacity that grows."""
+
+BOUND = 16
+"""Granularity in tokens of a capacity that a budget bounds."""
 
 
 _COUNTERS = ("columns", "filled", "rollback", "ragged", "ordered")
@@ -28,8 +31,8 @@ def ordinary_tensors() -> AbstractContextManager[None]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
-def _bucket(tokens: int) -> int:
-    return max(1, math.ceil(tokens / BUCKET)) * BUCKET
+def _bucket(tokens: int, step: int = BUCKET) -> int:
+    return max(1, math.ceil(tokens / step)) * step
 
 
 @dataclass
@@ -217,7 +220,7 @@ class StoreLayer(CacheLayerMixin):
 
     def slots_within(self, most_bytes: int) -> int:
         """Return how many slots per head can be allocated in so many bytes."""
-        return most_bytes // self.slot_bytes // BUCKET * BUCKET
+        return most_bytes // self.slot_bytes // BOUND * BOUND
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a layer between two passes holds: its tensors, and the host's bookkeeping."""
@@ -424,7 +427,7 @@ class StoreLayer(CacheLayerMixin):
 
     def shrinks(self, most: int) -> bool:
         """Say whether slots for `most` tokens per list take less memory than those there are."""
-        return _bucket(most + 1) < self.capacity
+        return _bucket(most + 1, BOUND) < self.capacity
 
     def keep(self, keep: Tensor, count: Tensor, most: int) -> None:
         """Move some tokens into slots of their own and free the others.
@@ -434,7 +437,7 @@ class StoreLayer(CacheLayerMixin):
             count: `[B, H_kv]` int32, entries of `keep` in use.
             most: Upper bound on `count`.
         """
-        slots = self._empty_slots(_bucket(most + 1))
+        slots = self._empty_slots(_bucket(most + 1, BOUND))
         self.backend.run(
             "attention",
             "compact",
