@@ -412,6 +412,8 @@ class StoreLayer(CacheLayerMixin):
             self.position,
             self.length,
             self.budget,
+            seen=self.seen,
+            recent=torch.zeros_like(self.seen),
             score=self.policy.score(self),
             num_protected=self.policy.num_sink_tokens,
         )
