@@ -62,6 +62,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     from patchkit.attention.kernels.decode_attention import decode_attention
     from patchkit.attention.kernels.evict_lowest import evict_lowest
     from patchkit.attention.kernels.prefill_attention import prefill_attention
+    from patchkit.attention.kernels.select_top import select_top
 
     batch_size, heads, capacity = 2, 2, 512
     keys = torch.zeros(batch_size, heads, capacity, head_dim, dtype=dtype)
@@ -92,8 +93,15 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
     compact(keys, values, position, keep, length, *out, position[:, :, :256].contiguous())
-    for score in (None, torch.zeros(batch_size, heads, capacity)):
-        evict_lowest(*held, budget, score=score, num_protected=4)
+    recent = torch.zeros_like(seen)
+    for score, mean in itertools.product((None, keys[..., 0].float()), (False, True)):
+        options = {"num_protected": 4, "mean": mean}
+        evict_lowest(*held, budget, seen, recent, score=score, **options)
+        for repeats in (1, 20):  # one program per list, and many
+            columns = position.repeat(1, 1, repeats)
+            ranking = None if score is None else score.repeat(1, 1, repeats)
+            lists = (length, budget, seen, recent)
+            select_top(ranking, columns, *lists, num_sinks=4, mean=mean, width=64)
 
 
 def decoding(dtype: torch.dtype) -> None:

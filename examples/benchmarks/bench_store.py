@@ -173,10 +173,11 @@ def append_and_evict(batch_size: int, budget: int, rate: float) -> None:
     slots = Slots(batch_size, budget, budget + 256)
     held = (slots.keys, slots.values, slots.position, slots.length)
     full = torch.full_like(slots.length, budget)
+    recent = torch.zeros_like(slots.length)
 
     def step(_: int) -> None:
         append(*held, slots.seen, slots.new, slots.new)
-        evict_lowest(*held, full, num_protected=4)
+        evict_lowest(*held, full, slots.seen, recent, num_protected=4)
 
     config = f"append+evict B{batch_size} b{budget} H8 D128 bf16"
     moved = batch_size * KV_HEADS * (3 * 2 * DIM * 2 * 2 + budget * 4)

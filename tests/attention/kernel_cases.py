@@ -572,14 +572,16 @@ class EvictCase:
     value_dim: int = 16
     score: str | None = None  # None, "random", "ties", "infinite" or "newest" (lowest is last)
     num_protected: int = 0
+    recent: int = 0  # longest of the ragged ones
+    mean: bool = False
     rounds: int = 3
     heads_inside: bool = False
 
     def __str__(self) -> str:
         return (
             f"B{self.batch_size}-H{self.num_heads}-C{self.capacity}-D{self.head_dim}"
-            f"-Dv{self.value_dim}-{self.score}-protect{self.num_protected}"
-            f"{'-heads_inside' * self.heads_inside}"
+            f"-Dv{self.value_dim}-{self.score}-protect{self.num_protected}-recent{self.recent}"
+            f"{'-mean' * self.mean}{'-heads_inside' * self.heads_inside}"
         )
 
 
@@ -589,18 +591,25 @@ def _evict_oracle(
     position: Tensor,
     length: Tensor,
     budget: Tensor,
+    seen: Tensor,
+    recent: Tensor,
     score: Tensor | None = None,
     num_protected: int = 0,
+    mean: bool = False,
 ) -> None:
     for b in range(keys.shape[0]):
         for h in range(keys.shape[1]):
             live = int(length[b, h])
-            if live <= int(budget[b, h]) or live <= num_protected:
+            columns = position[b, h, :live]
+            rank = columns if score is None else score[b, h, :live]
+            if mean and score is not None:
+                rank = rank / (int(seen[b, h]) - columns)
+            order = list(zip(rank.tolist(), columns.tolist(), range(live), strict=True))
+            first_recent = int(seen[b, h]) - int(recent[b, h])
+            order = [entry for entry in order[num_protected:] if entry[1] < first_recent]
+            if live <= int(budget[b, h]) or not order:
                 continue
-            columns = position[b, h, :live].tolist()
-            rank = columns if score is None else score[b, h, :live].tolist()
-            order = list(zip(rank, columns, range(live), strict=True))
-            victim = min(order[num_protected:])[2]
+            victim = min(order)[2]
             for data in (
                 (keys, values, position) if score is None else (keys, values, position, score)
             ):
@@ -631,6 +640,10 @@ def check_evict_lowest(case: EvictCase, dtype: torch.dtype, device: str = "cpu")
     budget = (length - random_int(4, tuple(length.shape), seed=23)).clamp_min(0)
     budget.view(-1)[1] = 0
     budget.view(-1)[-1] = length.view(-1)[-1] - 2
+    recent = random_int(case.recent, tuple(length.shape), seed=24)
+    if case.recent:
+        recent[0, 1:] = 10**6  # no candidates
+        recent[-1, -1] = case.recent
 
     def run(op: Callable[..., Any]) -> dict[str, Tensor]:
         store = make_store(
@@ -646,7 +659,8 @@ def check_evict_lowest(case: EvictCase, dtype: torch.dtype, device: str = "cpu")
         if score is not None:
             store.buffers["score"] = score = score.to(device)
         for _ in range(case.rounds):
-            op(*store.tensors[:4], budget.to(device), score, case.num_protected)
+            lists = (budget.to(device), store.seen, recent.to(device))
+            op(*store.tensors[:4], *lists, score, case.num_protected, case.mean)
         return store.buffers
 
     before, expected = run(lambda *_: None), run(_evict_oracle)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from patchkit.attention import reference
 from patchkit.attention.kernels.evict_lowest import evict_lowest
 
-from .kernel_cases import EvictCase, check_evict_lowest, small_store
+from .kernel_cases import EvictCase, assert_same_bits, check_evict_lowest, small_store
 
 CASES = [
     EvictCase(),
@@ -21,6 +24,15 @@ CASES = [
     EvictCase(batch_size=1, capacity=2500, score="newest"),
     EvictCase(batch_size=1, capacity=4200, score="ties", num_protected=4),
     EvictCase(batch_size=1, capacity=4200, value_dim=144),
+    EvictCase(recent=5),
+    EvictCase(capacity=37, num_protected=4, recent=36),
+    EvictCase(score="random", recent=40, num_protected=1),
+    EvictCase(capacity=257, score="newest", recent=2),
+    EvictCase(score="infinite", recent=20),
+    EvictCase(capacity=257, score="random", mean=True),
+    EvictCase(capacity=257, score="ties", mean=True, recent=9, heads_inside=True),
+    EvictCase(score="infinite", mean=True, num_protected=2),
+    EvictCase(batch_size=1, capacity=4200, score="random", num_protected=4, recent=64, mean=True),
 ]
 
 
@@ -34,11 +46,21 @@ def test_evict_lowest_copies_half_precision_bits(dtype: torch.dtype) -> None:
     check_evict_lowest(EvictCase(score="random", head_dim=24), dtype)
 
 
+@pytest.mark.parametrize("op", [evict_lowest, reference.evict_lowest], ids=["kernel", "reference"])
+def test_evict_lowest_leaves_a_list_of_protected_slots(op: Callable[..., None]) -> None:
+    store, before = small_store(), small_store()
+    lists = (torch.zeros(2, 2, dtype=torch.int32), store.seen, torch.zeros(2, 2, dtype=torch.int32))
+    op(*store.tensors[:4], *lists, num_protected=20)
+    assert_same_bits(store.buffers, before.buffers, "all slots protected")
+
+
 @pytest.mark.parametrize(
     ("message", "change"),
     [
         ("^budget: expected .* got ", {"budget": torch.ones(2, dtype=torch.int32)}),
         ("^budget: expected .* got ", {"budget": torch.ones(2, 2, dtype=torch.int64)}),
+        ("^seen: expected .* got ", {"seen": torch.ones(2, 1, dtype=torch.int32)}),
+        ("^recent: expected .* got ", {"recent": torch.ones(2, 2)}),
         ("^score: expected .* got ", {"score": torch.ones(2, 2, 8, dtype=torch.float16)}),
         ("^score: expected .* got ", {"score": torch.ones(2, 2, 7)}),
         ("^values: expected last stride 1", {"values": torch.ones(2, 2, 8, 32)[..., ::2]}),
@@ -54,6 +76,8 @@ def test_evict_lowest_refuses_wrong_arguments(message: str, change: dict[str, ob
         "position": store.position,
         "length": store.length,
         "budget": torch.ones(2, 2, dtype=torch.int32),
+        "seen": store.seen,
+        "recent": torch.zeros(2, 2, dtype=torch.int32),
     }
     with pytest.raises(ValueError, match=message):
         evict_lowest(**{**arguments, **change})

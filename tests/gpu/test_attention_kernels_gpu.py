@@ -96,6 +96,9 @@ EVICT = [
     EvictCase(2, 8, 4352, 256, 256, score="ties", num_protected=4, heads_inside=True),
     EvictCase(1, 2, 32768, 64, 64, score="infinite", num_protected=1),
     EvictCase(2, 2, 2048, 128, 128, score="newest"),
+    EvictCase(2, 8, 4352, 128, 128, score="random", num_protected=4, recent=64, mean=True),
+    EvictCase(2, 8, 4352, 128, 128, score="ties", recent=3000, mean=True),
+    EvictCase(2, 4, 1024, 128, 128, num_protected=4, recent=900),
 ]
 
 
@@ -138,6 +141,7 @@ def test_a_decoding_step_can_be_captured() -> None:
     length = torch.tensor([[0, 700], [130, 64]], dtype=torch.int32)
     store, plain = (make_store(length, 1024, 128, 128, torch.float16, "cuda") for _ in range(2))
     budget = torch.tensor([[3, 701], [100, 1000]], dtype=torch.int32, device="cuda")
+    recent = torch.tensor([[0, 2], [64, 1]], dtype=torch.int32, device="cuda")
     query = torch.zeros(2, 8, 1, 128, dtype=torch.float16, device="cuda")
     new_keys, new_values = query[:, :2].clone(), query[:, :2].clone()
     out = torch.empty(2, 1, 8, 128, dtype=torch.float16, device="cuda")
@@ -145,7 +149,7 @@ def test_a_decoding_step_can_be_captured() -> None:
     def step() -> None:
         append(*store.tensors, new_keys, new_values)
         decode_attention(query, *store.tensors, scale=0.1, out=out)
-        evict_lowest(*store.tensors[:4], budget)
+        evict_lowest(*store.tensors[:4], budget, store.seen, recent)
 
     saved = {name: buffer.clone() for name, buffer in store.buffers.items()}
     stream = torch.cuda.Stream()
@@ -165,7 +169,7 @@ def test_a_decoding_step_can_be_captured() -> None:
         graph.replay()
         reference.append(*plain.tensors, new_keys, new_values)
         expected = reference.decode_attention(query, *plain.tensors, scale=0.1)
-        reference.evict_lowest(*plain.tensors[:4], budget)
+        reference.evict_lowest(*plain.tensors[:4], budget, plain.seen, recent)
         torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
         assert_same_bits(store.buffers, plain.buffers, f"step {i}")
 
@@ -202,5 +206,6 @@ def test_offsets_past_2_to_the_31() -> None:
     torch.testing.assert_close(listed, expected, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(windowed, expected, atol=2e-3, rtol=2e-3)
 
-    evict_lowest(keys, values, position, length, length - 1, num_protected=capacity - tail)
+    lists = (length, length - 1, seen, torch.zeros_like(seen))
+    evict_lowest(keys, values, position, *lists, num_protected=capacity - tail)
     assert torch.equal(keys[:, :, -tail], new_keys[:, :, -1])

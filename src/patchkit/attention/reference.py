@@ -25,6 +25,7 @@ __all__ = [
     "decode_attention",
     "evict_lowest",
     "prefill_attention",
+    "select_top",
 ]
 
 
@@ -252,20 +253,83 @@ def compact(
     out_position[:, :, :width] = torch.where(live, position.gather(2, slots), -1)
 
 
+def select_top(
+    score: Tensor | None,
+    position: Tensor,
+    length: Tensor,
+    count: Tensor,
+    seen: Tensor,
+    recent: Tensor,
+    *,
+    num_sinks: int,
+    mean: bool,
+    width: int,
+) -> Tensor:
+    """Pick the best live slots of every list.
+
+    First come the `num_sinks` leading slots, then those among the newest `recent` columns
+    (`position >= seen - recent`), then the others by descending score. In each of these groups,
+    and among equal scores, newer slots come first.
+
+    Args:
+        score: `[B, H, C]` float32 without NaN in live slots. None: all scores are equal, so newer
+            slots come first.
+        position: `[B, H, C]` int32. Live slots of a list hold different positions below `seen`.
+        length: `[B, H]` int32.
+        count: `[B, H]` int32, slots to pick, at most `min(length, width)`.
+        seen: `[B, H]` int32.
+        recent: `[B, H]` int32, newest columns that come before all scores.
+        num_sinks: Leading slots that come before all others.
+        mean: Rank by `score / (seen - position)`, the score per column since the slot was filled.
+            Ignored without `score`.
+        width: Entries to return.
+
+    Returns:
+        `[B, H, width]` int32, contiguous: the picked slots ascending, then C.
+    """
+    capacity = position.shape[2]
+    slot = torch.arange(capacity, dtype=torch.int32, device=position.device)
+    if score is None:
+        rank = torch.zeros_like(position)
+    else:
+        if mean:
+            score = score / (seen.unsqueeze(-1) - position)
+        # The bits of a float32 as an integer of the same order; adding zero drops the sign of -0.
+        rank = (score + 0.0).view(torch.int32)
+        rank = torch.where(rank < 0, rank ^ 0x7FFFFFFF, rank)
+    largest = torch.iinfo(torch.int32).max
+    rank = rank.masked_fill(position >= (seen - recent).unsqueeze(-1), largest - 1)
+    rank = rank.masked_fill(slot < num_sinks, largest)
+    live = slot < length.unsqueeze(-1)
+    key = (rank.long() * 2**31 + position).masked_fill(~live, torch.iinfo(torch.int64).min)
+    best = key.topk(min(width, capacity), -1).values
+    # One key more, above all, is the threshold of lists that keep nothing.
+    above = key.new_full((*position.shape[:2], 1), torch.iinfo(torch.int64).max)
+    best = torch.cat((above, best), -1)
+    kept = key >= best.gather(2, count.unsqueeze(-1).long())
+    target = torch.where(kept, kept.cumsum(-1) - 1, width)
+    keep = position.new_full((*position.shape[:2], width + 1), capacity)
+    return keep.scatter_(2, target, slot.expand_as(target))[:, :, :width].contiguous()
+
+
 def evict_lowest(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
     length: Tensor,
     budget: Tensor,
+    seen: Tensor,
+    recent: Tensor,
     score: Tensor | None = None,
     num_protected: int = 0,
+    mean: bool = False,
 ) -> None:
     """Evict one slot from every list that is longer than its budget.
 
-    The victim is the slot in `[num_protected, length)` with the lowest score, the one with the
-    smallest position among equals. The last live slot moves into its place and `length` drops
-    by one. A list with `length <= budget` or `length <= num_protected` stays as it is.
+    The candidates are the slots in `[num_protected, length)` with `position < seen - recent`. The
+    victim is the one with the lowest score, the one with the smallest position among equals. The
+    last live slot moves into its place and `length` drops by one. A list with `length <= budget`
+    or without candidates stays as it is.
 
     Args:
         keys: `[B, H, C, D]`, any float dtype. Changed in place.
@@ -273,20 +337,26 @@ def evict_lowest(
         position: `[B, H, C]` int32. Changed in place.
         length: `[B, H]` int32. Changed in place.
         budget: `[B, H]` int32, live slots to keep.
+        seen: `[B, H]` int32.
+        recent: `[B, H]` int32, newest columns that are never evicted.
         score: `[B, H, C]` float32 without NaN in live slots. Changed in place. None: the position
             is the score, so the oldest slot goes.
         num_protected: Leading slots that are never evicted.
+        mean: Rank by `score / (seen - position)`, the score per column since the slot was filled.
+            Moves `score` all the same. Ignored without `score`.
     """
-    candidates = position[:, :, num_protected:]  # empty slots hold -1
-    barred = candidates < 0
+    slot = torch.arange(position.shape[2], device=position.device)
+    barred = (slot < num_protected) | (slot >= length.unsqueeze(-1))
+    barred |= position >= (seen - recent).unsqueeze(-1)
+    evict = (length > budget).unsqueeze(-1) & ~barred.all(-1, keepdim=True)
     if score is not None:
-        lowest = score[:, :, num_protected:].masked_fill(barred, torch.inf)
+        lowest = score / (seen.unsqueeze(-1) - position) if mean else score
+        lowest = lowest.masked_fill(barred, torch.inf)
         barred |= lowest > lowest.amin(-1, keepdim=True)
-    oldest = candidates.masked_fill(barred, torch.iinfo(torch.int32).max)
-    evict = ((length > budget) & (length > num_protected)).unsqueeze(-1)
+    oldest = position.masked_fill(barred, torch.iinfo(torch.int32).max)
     last = (length.unsqueeze(-1) - 1).clamp_min(0).long()  # [B, H, 1]
     # Lists that keep everything copy their last slot onto itself.
-    victim = torch.where(evict, oldest.argmin(-1, keepdim=True) + num_protected, last)
+    victim = torch.where(evict, oldest.argmin(-1, keepdim=True), last)
     for data in (position,) if score is None else (position, score):
         data.scatter_(2, victim, data.gather(2, last))
     for data in (keys, values):

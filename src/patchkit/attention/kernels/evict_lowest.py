@@ -25,6 +25,8 @@ def _evict_lowest_kernel(
     position_ptr,
     length_ptr,
     budget_ptr,
+    seen_ptr,
+    recent_ptr,
     score_ptr,
     stride_kb,
     stride_kh,
@@ -39,6 +41,10 @@ def _evict_lowest_kernel(
     stride_lh,
     stride_ub,
     stride_uh,
+    stride_nb,
+    stride_nh,
+    stride_rb,
+    stride_rh,
     stride_sb,
     stride_sh,
     stride_ss,
@@ -47,6 +53,7 @@ def _evict_lowest_kernel(
     D: tl.constexpr,
     D_V: tl.constexpr,
     HAS_SCORE: tl.constexpr,
+    MEAN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -58,6 +65,8 @@ def _evict_lowest_kernel(
     if (length > budget) & (length > num_protected):
         position_ptr += b * stride_pb + h * stride_ph
         score_ptr += b * stride_sb + h * stride_sh
+        seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
+        first_recent = seen - tl.load(recent_ptr + b * stride_rb + h * stride_rh)
 
         # Every lane keeps the best of the slots it meets; the lanes are compared once at the end.
         best_score = tl.full((BLOCK_S,), float("inf"), tl.float32)
@@ -68,10 +77,13 @@ def _evict_lowest_kernel(
             mask = slot < length
             offset = slot.to(tl.int64)
             position = tl.load(position_ptr + offset * stride_ps, mask=mask, other=_INT_MAX)
-            better = position < best_position
+            candidate = mask & (position < first_recent)
+            better = candidate & (position < best_position)
             if HAS_SCORE:
                 score = tl.load(score_ptr + offset * stride_ss, mask=mask, other=float("inf"))
-                better = (score < best_score) | ((score == best_score) & better)
+                if MEAN:
+                    score = tl.div_rn(score, (seen - position).to(tl.float32))
+                better = (candidate & (score < best_score)) | ((score == best_score) & better)
                 best_score = tl.where(better, score, best_score)
             best_position = tl.where(better, position, best_position)
             best_slot = tl.where(better, slot, best_slot)
@@ -79,35 +91,35 @@ def _evict_lowest_kernel(
             tied = best_score == tl.min(best_score, axis=0)
             best_position = tl.where(tied, best_position, _INT_MAX)
         tied = best_position == tl.min(best_position, axis=0)
+        victim = tl.min(tl.where(tied, best_slot, _INT_MAX), axis=0)
         last = length - 1
-        victim = tl.minimum(tl.min(tl.where(tied, best_slot, _INT_MAX), axis=0), last)
-
-        # If the victim is the last slot, its row is copied onto itself.
-        source = last.to(tl.int64)
-        target = victim.to(tl.int64)
-        keys_ptr += b * stride_kb + h * stride_kh
-        values_ptr += b * stride_vb + h * stride_vh
-        for start in tl.static_range(0, D, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D)
-            mask_d = offs_d < D
-            row = tl.load(keys_ptr + source * stride_ks + offs_d, mask=mask_d)
-            tl.store(keys_ptr + target * stride_ks + offs_d, row, mask=mask_d)
-        for start in tl.static_range(0, D_V, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D)
-            mask_d = offs_d < D_V
-            row = tl.load(values_ptr + source * stride_vs + offs_d, mask=mask_d)
-            tl.store(values_ptr + target * stride_vs + offs_d, row, mask=mask_d)
-        column = tl.load(position_ptr + source * stride_ps)
-        # Every warp loads these scalars; none may load them after the first one stored.
-        if HAS_SCORE:
-            score_of_last = tl.load(score_ptr + source * stride_ss)
-            tl.debug_barrier()
-            tl.store(score_ptr + target * stride_ss, score_of_last)
-        else:
-            tl.debug_barrier()
-        tl.store(position_ptr + target * stride_ps, tl.where(victim == last, -1, column))
-        tl.store(position_ptr + source * stride_ps, -1)
-        tl.store(length_ptr, last)
+        if victim < length:  # there is a candidate
+            # If the victim is the last slot, its row is copied onto itself.
+            source = last.to(tl.int64)
+            target = victim.to(tl.int64)
+            keys_ptr += b * stride_kb + h * stride_kh
+            values_ptr += b * stride_vb + h * stride_vh
+            for first in tl.static_range(0, D, BLOCK_D):
+                offs_d = first + tl.arange(0, BLOCK_D)
+                mask_d = offs_d < D
+                row = tl.load(keys_ptr + source * stride_ks + offs_d, mask=mask_d)
+                tl.store(keys_ptr + target * stride_ks + offs_d, row, mask=mask_d)
+            for first in tl.static_range(0, D_V, BLOCK_D):
+                offs_d = first + tl.arange(0, BLOCK_D)
+                mask_d = offs_d < D_V
+                row = tl.load(values_ptr + source * stride_vs + offs_d, mask=mask_d)
+                tl.store(values_ptr + target * stride_vs + offs_d, row, mask=mask_d)
+            column = tl.load(position_ptr + source * stride_ps)
+            # Every warp loads these scalars; none may load them after the first one stored.
+            if HAS_SCORE:
+                score_of_last = tl.load(score_ptr + source * stride_ss)
+                tl.debug_barrier()
+                tl.store(score_ptr + target * stride_ss, score_of_last)
+            else:
+                tl.debug_barrier()
+            tl.store(position_ptr + target * stride_ps, tl.where(victim == last, -1, column))
+            tl.store(position_ptr + source * stride_ps, -1)
+            tl.store(length_ptr, last)
 
 
 def evict_lowest(
@@ -116,14 +128,18 @@ def evict_lowest(
     position: Tensor,
     length: Tensor,
     budget: Tensor,
+    seen: Tensor,
+    recent: Tensor,
     score: Tensor | None = None,
     num_protected: int = 0,
+    mean: bool = False,
 ) -> None:
     """Evict one slot from every list that is longer than its budget.
 
-    The victim is the slot in `[num_protected, length)` with the lowest score, the one with the
-    smallest position among equals. The last live slot moves into its place and `length` drops
-    by one. A list with `length <= budget` or `length <= num_protected` stays as it is.
+    The candidates are the slots in `[num_protected, length)` with `position < seen - recent`. The
+    victim is the one with the lowest score, the one with the smallest position among equals. The
+    last live slot moves into its place and `length` drops by one. A list with `length <= budget`
+    or without candidates stays as it is.
 
     Args:
         keys: `[B, H, C, D]`, float32/float16/bfloat16, last stride 1. Changed in place.
@@ -131,9 +147,13 @@ def evict_lowest(
         position: `[B, H, C]` int32. Changed in place.
         length: `[B, H]` int32. Changed in place.
         budget: `[B, H]` int32, live slots to keep.
+        seen: `[B, H]` int32.
+        recent: `[B, H]` int32, newest columns that are never evicted.
         score: `[B, H, C]` float32 without NaN in live slots. Changed in place. None: the position
             is the score, so the oldest slot goes.
         num_protected: Leading slots that are never evicted, `>= 0`.
+        mean: Rank by `score / (seen - position)`, the score per column since the slot was filled.
+            Moves `score` all the same. Ignored without `score`.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or
@@ -148,6 +168,8 @@ def evict_lowest(
         position=(position, (*lists, capacity), int32),
         length=(length, lists, int32),
         budget=(budget, lists, int32),
+        seen=(seen, lists, int32),
+        recent=(recent, lists, int32),
         score=(score, (*lists, capacity), torch.float32),
     )
     if num_protected < 0:
@@ -163,18 +185,23 @@ def evict_lowest(
             position,
             length,
             budget,
+            seen,
+            recent,
             ranking,
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
             *length.stride(),
             *budget.stride(),
+            *seen.stride(),
+            *recent.stride(),
             *ranking.stride(),
             num_heads,
             num_protected,
             D=head_dim,
             D_V=value_dim,
             HAS_SCORE=score is not None,
+            MEAN=mean and score is not None,
             BLOCK_S=min(triton.next_power_of_2(capacity), 2048),
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 1024),
             num_warps=8,
