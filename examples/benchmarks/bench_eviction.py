@@ -20,6 +20,7 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from bench_generate import call, seconds
@@ -83,59 +84,70 @@ def bench_cut(model: PreTrainedModel, lengths: list[int], budget: int, kvpress: 
     rate = copy_rate()
     for length in lengths:
         config = f"8b layer B1 S{length} b{budget} bf16"
-        cache = KV_HEADS * length * DIM * 2
+        scores = 2 * 4 * KV_HEADS * length
         moved = 4 * budget * KV_HEADS * DIM * 2
-        floor = (cache + 2 * 4 * KV_HEADS * length + moved) / rate * 1e3
+        floor = (KV_HEADS * length * DIM * 2 + scores + moved) / rate * 1e3
         record("eviction", config, "floor", "cut", "ms", [floor])
         repeats = 5 if length > 100_000 else 20
-        layer, attended, undo = make_layer(model, patchkit.H2O(budget=budget), length)
-        lse = torch.empty(1, HEADS, length, device="cuda")
-        held = (attended.query, layer.keys, layer.values, layer.position, layer.length, layer.seen)
-        options = {"scale": DIM**-0.5, "ordered": True}
-        plain = time_ms(lambda: prefill_attention(*held, **options), repeats)
-        record("eviction", config, "patchkit", "forward attention", "ms", plain)
-        with_lse = time_ms(lambda: prefill_attention(*held, **options, lse=lse), repeats)
-        record("eviction", config, "patchkit", "forward attention with lse", "ms", with_lse)
-        attended = Attended(*held[:2], held[3], lse, attended.masking, None)
-        times = queued_ms(lambda: layer.policy.observe(layer, attended), undo, repeats)
-        record("eviction", config, "H2O", "score", "ms", times)
-        del layer, held, attended, undo, lse
+        column_sums(model, config, length, budget, repeats)
         for cls in (patchkit.SnapKV, patchkit.CAKE, patchkit.TOVA):
-            layer, attended, undo = make_layer(model, cls(budget=budget), length)
-            policy = layer.policy
-            steps = {
-                "score": lambda: policy.observe(layer, attended),
-                "cut": lambda: (policy.observe(layer, attended), policy.evict_many(layer)),
-            }
-            for metric, run in steps.items():
-                times = queued_ms(run, undo, repeats)
-                record("eviction", config, cls.__name__, metric, "ms", times)
-            undo()
-            whole = layer.keys, layer.values
-            del layer, policy, steps, run, undo
+            window_method(model, config, length, cls(budget=budget), repeats)
         if kvpress is not None:
-            bench_kvpress(model, config, attended, whole, budget, kvpress, repeats)
+            bench_kvpress(model, config, length, budget, kvpress, repeats)
         torch.cuda.empty_cache()
 
 
-def bench_kvpress(model, config, attended, whole, budget, folder, repeats) -> None:
-    """Run kvpress's own SnapKV on the same keys; its package is not imported, its modules are."""
+def column_sums(model, config, length, budget, repeats) -> None:
+    """H2O: the sums come on top of the forward attention, which yields the denominators."""
+    layer, attended, undo = make_layer(model, patchkit.H2O(budget=budget), length)
+    lse = torch.empty(1, HEADS, length, device="cuda")
+    held = (attended.query, layer.keys, layer.values, layer.position, layer.length, layer.seen)
+    options = {"scale": DIM**-0.5, "ordered": True}
+    plain = time_ms(lambda: prefill_attention(*held, **options), repeats)
+    record("eviction", config, "patchkit", "forward attention", "ms", plain)
+    with_lse = time_ms(lambda: prefill_attention(*held, **options, lse=lse), repeats)
+    record("eviction", config, "patchkit", "forward attention with lse", "ms", with_lse)
+    attended = replace(attended, lse=lse)
+    times = queued_ms(lambda: layer.policy.observe(layer, attended), undo, repeats)
+    record("eviction", config, "H2O", "score", "ms", times)
+    times = queued_ms(lambda: layer.policy.evict_many(layer), undo, repeats)
+    record("eviction", config, "H2O", "select and move", "ms", times)
+
+
+def window_method(model, config, length, method, repeats) -> None:
+    layer, attended, undo = make_layer(model, method, length)
+    policy, provider = layer.policy, type(method).__name__
+
+    def score() -> None:
+        policy.observe(layer, attended)
+
+    def cut() -> None:
+        policy.observe(layer, attended)
+        policy.evict_many(layer)
+
+    for metric, run in (("score", score), ("cut", cut)):
+        record("eviction", config, provider, metric, "ms", queued_ms(run, undo, repeats))
+
+
+def bench_kvpress(model, config, length, budget, folder, repeats) -> None:
+    """Run kvpress's own SnapKV; its package is not imported, its modules are."""
     for name in ("kvpress", "kvpress.presses"):
         package = types.ModuleType(name)
         package.__path__ = [f"{folder}/{name.replace('.', '/')}"]
         sys.modules.setdefault(name, package)
     press_class = importlib.import_module("kvpress.presses.snapkv_press").SnapKVPress
-    length = attended.query.shape[2]
     press = press_class(compression_ratio=1 - budget / length, window_size=32)
     module = model.model.layers[0].self_attn
     hidden = torch.randn(1, length, 4096, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(length, device="cuda")[None]
     embeddings = {"position_embeddings": model.model.rotary_emb(hidden, positions)}
-    keys, values = (tensor[:, :, :length] for tensor in whole)
-    score = time_ms(lambda: press.score(module, hidden, keys, values, None, embeddings), repeats)
-    record("eviction", config, "kvpress SnapKV", "score", "ms", score)
-    cut = time_ms(lambda: press.compress(module, hidden, keys, values, None, embeddings), repeats)
-    record("eviction", config, "kvpress SnapKV", "cut", "ms", cut)
+    shape = (1, KV_HEADS, length, DIM)
+    cache = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    given = (module, hidden, *cache, None, embeddings)
+    record("eviction", config, "kvpress SnapKV", "score", "ms",
+           time_ms(lambda: press.score(*given), repeats))  # fmt: skip
+    record("eviction", config, "kvpress SnapKV", "cut", "ms",
+           time_ms(lambda: press.compress(*given), repeats))  # fmt: skip
 
 
 def release(model: PreTrainedModel) -> None:
@@ -156,65 +168,54 @@ def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int],
         patchkit.apply(model)
         ids = prompt(1, budget - new // 2)  # so that the average context is the budget
         call(model, ids, new)
-        times = [token_ms(model, ids, new) for _ in range(3)]
+        times = [generate_ms(model, ids, new)["token"] for _ in range(3)]
         record("eviction", f"8b B1 S{budget} +{new} bf16", "dense", "token", "ms", times)
         release(model)
         for length in lengths:
             config = f"8b B1 S{length} b{budget} +{new} bf16"
             for cls in methods[: 2 if length > 100_000 else None]:
                 patchkit.apply(model, cls(budget=budget))
-                ids = prompt(1, length)
-                torch.cuda.reset_peak_memory_stats()
-                prefill = seconds(lambda ids=ids: call(model, ids, 1))
-                peak = torch.cuda.max_memory_allocated() / 1e9
-                whole = seconds(lambda ids=ids: call(model, ids, new))
-                token = (whole - prefill) / (new - 1) * 1e3
-                record("eviction", config, cls.__name__, "token", "ms", [token])
-                record("eviction", config, cls.__name__, "first token", "ms", [prefill * 1e3])
-                record("eviction", config, cls.__name__, "peak memory", "GB", [peak])
+                for metric, value in generate_ms(model, prompt(1, length), new).items():
+                    unit = "GB" if "memory" in metric else "ms"
+                    record("eviction", config, cls.__name__, metric, unit, [value])
                 release(model)
 
 
-def token_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> float:
-    prefill = seconds(lambda: call(model, ids, 1))
-    return (seconds(lambda: call(model, ids, new)) - prefill) / (new - 1) * 1e3
+def generate_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> dict[str, float]:
+    """Time one call for one token and one whole call."""
+    torch.cuda.reset_peak_memory_stats()
+    prefill = seconds(lambda: call(model, ids, 1)) * 1e3
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    whole = seconds(lambda: call(model, ids, new)) * 1e3
+    token = (whole - prefill) / (new - 1)
+    return {"token": token, "first token": prefill, "prefill peak memory": peak}
 
 
-@torch.no_grad()
 def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) -> None:
     config = f"8b B{batch_size} S{length} b1024 +{new} bf16"
+    total = torch.cuda.get_device_properties(0).total_memory
     for cls in (None, patchkit.H2O, patchkit.SnapKV, patchkit.CAKE):
         provider = "dense" if cls is None else cls.__name__
         patchkit.apply(model, *([] if cls is None else [cls(budget=1024)]))
-        ids = prompt(batch_size, length)
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        ids = prompt(batch_size, length)
         try:
-            prefill = seconds(lambda ids=ids: call(model, ids, 1))
-            peak = torch.cuda.max_memory_allocated() / 1e9
-            out = []
-            whole = seconds(
-                lambda ids=ids, out=out: out.append(
-                    call(model, ids, new, return_dict_in_generate=True)
-                )
-            )
+            figures = generate_ms(model, ids, new)
+            store = call(model, ids, 1, return_dict_in_generate=True).past_key_values
         except torch.OutOfMemoryError:
             print(f"{config} {provider}: out of memory", flush=True)
             release(model)
             continue
+        patchkit.restore(model)  # which frees what was parked for a next call
         gc.collect()
-        held = (torch.cuda.memory_allocated() - before) / 1e9
-        store = out[0].past_key_values
-        token = (whole - prefill) / (new - 1) * 1e3
-        record("eviction", config, provider, "token", "ms", [token])
-        record("eviction", config, provider, "first token", "ms", [prefill * 1e3])
-        record("eviction", config, provider, "peak memory", "GB", [peak])
-        record("eviction", config, provider, "held after the call", "GB", [held])
-        record("eviction", config, provider, "dense KV", "GB", [store.dense_bytes / 1e9])
-        per_row = held * 1e9 / batch_size
-        free = torch.cuda.get_device_properties(0).total_memory - before
-        record("eviction", config, provider, "rows that fit", "rows", [free // per_row])
-        del out, store
+        held = torch.cuda.memory_allocated() - before
+        figures |= {"memory held": held / 1e9, "memory of a dense cache": store.dense_bytes / 1e9}
+        for metric, value in figures.items():
+            unit = "GB" if "memory" in metric else "ms"
+            record("eviction", config, provider, metric, unit, [value])
+        record("eviction", config, provider, "rows that fit", "rows",
+               [(total - before) // (held / batch_size)])  # fmt: skip
+        del store
         release(model)
 
 
