@@ -58,11 +58,14 @@ def compile_only(self, grid):
 
 def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     from patchkit.attention.kernels.append import append
+    from patchkit.attention.kernels.attention_lse import attention_lse
+    from patchkit.attention.kernels.attention_mass import attention_mass
     from patchkit.attention.kernels.compact import compact
     from patchkit.attention.kernels.decode_attention import decode_attention
     from patchkit.attention.kernels.evict_lowest import evict_lowest
     from patchkit.attention.kernels.prefill_attention import prefill_attention
     from patchkit.attention.kernels.select_top import select_top
+    from patchkit.attention.kernels.window_statistics import window_statistics
 
     batch_size, heads, capacity = 2, 2, 512
     keys = torch.zeros(batch_size, heads, capacity, head_dim, dtype=dtype)
@@ -85,11 +88,29 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
             {"indices": slots, "index_count": length},
         ):
             decode_attention(query.transpose(1, 2), *held, seen, scale=0.1, **options)
+        lse = torch.zeros(batch_size, heads * groups, queries)
+        decode_attention(query.transpose(1, 2), *held, seen, scale=0.1, lse=lse)
     chunk = torch.zeros(batch_size, 300, heads * groups, head_dim, dtype=dtype).transpose(1, 2)
     behind = torch.zeros(batch_size, 300, dtype=torch.int32)
     everything = {"sliding_window": 64, "softcap": 30.0, "sinks": sinks, "behind": behind}
     for options in ({"ordered": True}, {"behind": behind}, everything, {"sliding_window": 64}):
         prefill_attention(chunk, *held, seen, scale=0.1, **options)
+    lse = torch.zeros(batch_size, heads * groups, 300)
+    prefill_attention(chunk, *held, seen, scale=0.1, lse=lse)
+    long = 8192  # enough slots for the largest blocks
+    score = torch.zeros(batch_size, heads, long)
+    listed = (keys.new_zeros(batch_size, heads, long, head_dim), score.int(), length, seen)
+    limited = {"sliding_window": 64, "softcap": 30.0}
+    for queries, options in itertools.product((1, 16, 64, 300), ({}, limited)):
+        last, last_lse = chunk[:, :, -queries:], lse[:, :, -queries:]
+        if queries != 16:
+            attention_mass(last, *listed, last_lse, score, scale=0.1, **options)
+        if queries in (1, 64):
+            attention_lse(last, *listed, scale=0.1, **options)
+        if queries in (16, 64):
+            window_statistics(last, *listed, last_lse, score, score, scale=0.1, **options)
+    attention_mass(chunk, *listed, lse, score, scale=0.1, decay=0.5)
+    attention_lse(last, *listed, scale=0.1, sinks=sinks)
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
     compact(keys, values, position, keep, length, *out, position[:, :, :256].contiguous())

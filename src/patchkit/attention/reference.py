@@ -13,6 +13,7 @@ host. Slots past `length` may hold anything, NaN included.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -20,13 +21,18 @@ from torch import Tensor
 
 __all__ = [
     "append",
+    "attention_lse",
+    "attention_mass",
     "check_arguments",
     "compact",
     "decode_attention",
     "evict_lowest",
     "prefill_attention",
     "select_top",
+    "window_statistics",
 ]
+
+_MAX_LOGITS = 2**24  # held at a time by the operations that go through blocks of queries
 
 
 def append(
@@ -108,6 +114,7 @@ def decode_attention(
     indices: Tensor | None = None,
     index_count: Tensor | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend with a few queries per sequence to the live slots of a KV store.
 
@@ -130,11 +137,13 @@ def decode_attention(
         indices: `[B, H_kv, N]` int32. Attend to these slots only; no duplicates.
         index_count: `[B, H_kv]` int32. Entries of `indices` in use; those behind are ignored.
         out: `[B, Q, H_q, D_v]` contiguous, as `query`. Written and returned if given.
+        lse: `[B, H_q, Q]` float32 contiguous. Written if given: the natural log of the softmax
+            denominator, -inf where a query sees nothing and has no sink.
 
     Returns:
         `[B, Q, H_q, D_v]`, contiguous, in the dtype of `query`.
     """
-    batch_size, num_heads, q_len, head_dim = query.shape
+    batch_size, num_heads, q_len, _ = query.shape
     num_kv_heads = keys.shape[1]
     compute = torch.promote_types(query.dtype, torch.float32)
     slot_live = torch.arange(keys.shape[2], device=keys.device) < length.unsqueeze(-1)
@@ -146,24 +155,18 @@ def decode_attention(
         keys, values = keys[row, head, slots], values[row, head, slots]
         position = position.expand(-1, num_kv_heads, -1).gather(2, slots)
         live = live.expand(-1, num_kv_heads, -1).gather(2, slots) & listed
-    column = seen.unsqueeze(-1) + torch.arange(-q_len, 0, device=keys.device)  # [B, H_kv or 1, Q]
-    visible = live.unsqueeze(2) & (position.unsqueeze(2) <= column.unsqueeze(3))
-    if sliding_window is not None:
-        visible &= position.unsqueeze(2) > column.unsqueeze(3) - sliding_window
-    visible = visible.unsqueeze(2)  # [B, H_kv or 1, 1, Q, S]
-
-    grouped = query.reshape(batch_size, num_kv_heads, -1, head_dim).to(compute)  # [B, H_kv, GQ, D]
-    logits = (grouped @ keys.to(compute).mT).mul_(scale)
-    if softcap is not None:
-        logits = (logits / softcap).tanh_().mul_(softcap)
-    logits = logits.unflatten(2, (-1, q_len)).masked_fill(~visible, -torch.inf)
+    visible = _visible(position, live, _columns(seen, q_len), sliding_window)
+    logits = _logits(query.to(compute), keys.to(compute), visible, scale, softcap)
     # One extra column, the sink or -inf, also keeps an empty list of slots legal.
     extra = logits.new_full((num_heads,), -torch.inf) if sinks is None else sinks.to(compute)
     extra = extra.view(1, num_kv_heads, -1, 1, 1).expand(batch_size, -1, -1, q_len, -1)
     logits = torch.cat((logits, extra), -1)
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(compute).min)
     weights = (logits - top).exp_()
-    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(compute).tiny)
+    total = weights.sum(-1, keepdim=True)
+    if lse is not None:
+        lse.copy_((top + total.log()).flatten(1, 2).squeeze(-1))
+    total = total.clamp_min_(torch.finfo(compute).tiny)
     finite = values.masked_fill(~live.unsqueeze(-1), 0).to(compute)  # 0 * NaN would be NaN
     mixed = (weights[..., :-1].flatten(2, 3) @ finite).unflatten(2, (-1, q_len)) / total
     result = mixed.flatten(1, 2).transpose(1, 2)  # [B, Q, H_q, D_v]
@@ -187,6 +190,7 @@ def prefill_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend from the chunk that was appended last to the live slots of a KV store.
 
@@ -214,7 +218,140 @@ def prefill_attention(
         softcap=softcap,
         sinks=sinks,
         out=out,
+        lse=lse,
     )
+
+
+def attention_lse(
+    query: Tensor,
+    keys: Tensor,
+    position: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return the log of the softmax denominator of every query, as `decode_attention` writes it.
+
+    Args:
+        query: `[B, H_q, Q, D]`; so are the remaining arguments those of `decode_attention`.
+
+    Returns:
+        `[B, H_q, Q]` float32, contiguous. -inf where a query sees nothing and has no sink.
+    """
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    store = (keys, position, length, seen)
+    for part, logits in _logit_blocks(query, *store, scale, sliding_window, softcap):
+        lse[:, :, part] = logits.logsumexp(-1).flatten(1, 2)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().unsqueeze(-1))
+    return lse
+
+
+def attention_mass(
+    query: Tensor,
+    keys: Tensor,
+    position: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    lse: Tensor,
+    score: Tensor,
+    *,
+    scale: float,
+    decay: float = 0.0,
+    num_new: int = 0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Add the attention that every live slot receives to its score.
+
+    `score = decay * score + sum of exp(logit - lse)`, over the G query heads of the KV head and the
+    queries that see the slot (as in `decode_attention`). Queries with `lse == -inf` add nothing.
+
+    Args:
+        query: `[B, H_q, Q, D]`, any float dtype, finite. Query heads `[h * G, (h + 1) * G)` share
+            KV head h, where `G = H_q / H_kv`.
+        keys: `[B, H_kv, C, D]`, as `query`.
+        position: `[B, H_kv or 1, C]` int32.
+        length: `[B, H_kv or 1]` int32.
+        seen: `[B, H_kv or 1]` int32, the tokens of `query` included.
+        lse: `[B, H_q, Q]` float32, log of the softmax denominators.
+        score: `[B, H_kv, C]` float32. Changed in place where slots are live.
+        scale: Factor on the logits.
+        decay: Factor on the old score. 0: the old score is not read.
+        num_new: Newest columns whose slots enter with a score of 0, whatever is stored there.
+        sliding_window: Columns that a query sees, its own included. None: all.
+        softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
+    """
+    total = torch.zeros_like(score)
+    store = (keys, position, length, seen)
+    for part, logits in _logit_blocks(query, *store, scale, sliding_window, softcap):
+        total += _weights(logits, lse[:, :, part]).sum((2, 3))
+    if decay != 0:
+        old = position < (seen - num_new).unsqueeze(-1)
+        total += decay * torch.where(old, score, 0)
+    live = torch.arange(keys.shape[2], device=keys.device) < length.unsqueeze(-1)
+    score.copy_(torch.where(live, total, score))
+
+
+def window_statistics(
+    query: Tensor,
+    keys: Tensor,
+    position: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    variance: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Measure how a window of queries attends to the live slots.
+
+    With `p = exp(logit - lse)`, 0 where a query does not see a slot (as in `decode_attention`) or
+    has `lse == -inf`, and per slot: `mass` is the sum of p over the G query heads of the KV head
+    and the queries; `variance` is the sum over the heads of the unbiased variance of p over the
+    queries with `lse > -inf`, 0 where a head has fewer than two of these.
+
+    Args:
+        query: `[B, H_q, Q, D]`; so are `keys` to `lse` and the options those of `attention_mass`.
+            `2 <= Q <= 64`.
+        mass: `[B, H_kv, C]` float32. Written where slots are live.
+        variance: `[B, H_kv, C]` float32. Written where slots are live.
+
+    Returns:
+        `[B, H_kv]` float32, the sum of `-p * log(p)` over the heads, the queries and the live slots
+        with `position < seen - Q`, those older than the window.
+    """
+    batch_size, num_heads, q_len, _ = query.shape
+    num_kv_heads = keys.shape[1]
+    compute = torch.promote_types(query.dtype, torch.float32)
+    live = torch.arange(keys.shape[2], device=keys.device) < length.unsqueeze(-1)
+    visible = _visible(position, live, _columns(seen, q_len), sliding_window)
+    older = (live & (position < (seen - q_len).unsqueeze(-1))).unsqueeze(2)
+    wide = keys.to(compute)
+    total, spread = torch.zeros_like(mass), torch.zeros_like(variance)
+    entropy = query.new_zeros((batch_size, num_kv_heads), dtype=torch.float32)
+    groups = num_heads // num_kv_heads
+    for g in range(groups):
+        logits = _logits(query[:, g::groups].to(compute), wide, visible, scale, softcap)
+        p = _weights(logits, lse[:, g::groups]).squeeze(2)  # [B, H_kv, Q, C]
+        counted = (lse[:, g::groups] > -torch.inf).unsqueeze(-1)
+        count = counted.sum(2)  # [B, H_kv, 1]
+        head_mass = p.sum(2)
+        mean = head_mass / count.clamp_min(1)
+        squares = (p - mean.unsqueeze(2)).square_().masked_fill_(~counted, 0).sum(2)
+        total += head_mass
+        spread += squares / (count - 1).clamp_min(1)
+        entropy -= torch.special.xlogy(p, p).masked_fill_(~older, 0).sum((2, 3))
+    mass.copy_(torch.where(live, total, mass))
+    variance.copy_(torch.where(live, spread, variance))
+    return entropy
 
 
 def compact(
@@ -395,6 +532,61 @@ def check_arguments(**expected: tuple[Tensor | None, tuple[int, ...], torch.dtyp
                 f"{name}: expected a tensor without grad, got requires_grad=True; kernels of the "
                 "KV store have no backward, run them under torch.no_grad()"
             )
+
+
+def _columns(seen: Tensor, q_len: int) -> Tensor:
+    """Return the columns of the last `q_len` tokens, `[B, H or 1, Q]`."""
+    return seen.unsqueeze(-1) + torch.arange(-q_len, 0, device=seen.device)
+
+
+def _visible(position: Tensor, live: Tensor, column: Tensor, sliding_window: int | None) -> Tensor:
+    """Return which slots the queries at `column` see, `[B, H or 1, Q, S]`."""
+    column, position = column.unsqueeze(3), position.unsqueeze(2)
+    visible = (live.unsqueeze(2) & (position >= 0)) & (position <= column)
+    if sliding_window is not None:
+        visible &= position > column - sliding_window
+    return visible
+
+
+def _logits(
+    query: Tensor, keys: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Return the logits `[B, H_kv, G, Q, S]`, -inf where a query does not see a slot."""
+    grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])  # [B, H_kv, GQ, D]
+    logits = (grouped @ keys.mT).mul_(scale)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits = logits.unflatten(2, (-1, query.shape[2]))
+    return logits.masked_fill_(~visible.unsqueeze(2), -torch.inf)
+
+
+def _logit_blocks(
+    query: Tensor,
+    keys: Tensor,
+    position: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits of one block of queries after the other, to bound the memory."""
+    batch_size, num_heads, q_len, _ = query.shape
+    compute = torch.promote_types(query.dtype, torch.float32)
+    live = torch.arange(keys.shape[2], device=keys.device) < length.unsqueeze(-1)
+    columns = _columns(seen, q_len)
+    keys = keys.to(compute)
+    step = max(1, _MAX_LOGITS // max(1, batch_size * num_heads * keys.shape[2]))
+    for start in range(0, q_len, step):
+        part = slice(start, start + step)
+        visible = _visible(position, live, columns[:, :, part], sliding_window)
+        yield part, _logits(query[:, :, part].to(compute), keys, visible, scale, softcap)
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """Turn logits `[B, H_kv, G, Q, S]` into weights in place, 0 where `lse` is -inf."""
+    lse = torch.where(lse > -torch.inf, lse, torch.inf).unflatten(1, logits.shape[1:3])
+    return logits.sub_(lse.unsqueeze(-1)).exp_()
 
 
 def _lists(keys: Tensor) -> tuple[Tensor, Tensor]:

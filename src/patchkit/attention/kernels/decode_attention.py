@@ -25,6 +25,7 @@ _TARGET_PROGRAMS = 132
 _MAX_ROWS = 128
 _SPARE_BYTES = 27 * 1024  # of shared memory, for what a tile is copied through
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # The interpreter keeps bfloat16 as uint16 and would multiply the bit patterns.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -33,6 +34,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def tanh(x):
     # Off by a rounding unit of 1 near 0, where a logit may be: softmax sees differences only.
     return 2 / (1 + tl.exp(-2 * x)) - 1
+
+
+@triton.jit
+def log_sum(top, weight_sum):
+    # ln(2**top * weight_sum); -inf where nothing was summed, and never a logarithm of 0.
+    return tl.where(weight_sum > 0, (top + tl.log2(tl.maximum(weight_sum, 1e-30))) * LN_2, top)
 
 
 @triton.jit
@@ -133,9 +140,10 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _merge_kernel(
-    partial_ptr, stats_ptr, sinks_ptr, out_ptr,
+    partial_ptr, stats_ptr, sinks_ptr, out_ptr, lse_ptr,
     stride_sink, num_kv_heads, num_splits,
-    Q: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr, HAS_SINKS: tl.constexpr,
+    Q: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # One program: one query row, all its splits. Layout [lists, splits, ROWS, ..].
@@ -168,6 +176,8 @@ def _merge_kernel(
         weight_sum = weight_sum * decay + tl.sum(share * split_sum, axis=0)
         acc = acc * decay + tl.sum(share[:, None] * partial, axis=0)
         top = new_top
+    if HAS_LSE:
+        tl.store(lse_ptr + pid * ROWS + row, log_sum(top, weight_sum))
     acc = acc / tl.where(weight_sum > 0, weight_sum, 1.0)
     out_ptr += ((b * Q + row % Q) * num_kv_heads * (ROWS // Q) + head) * D_V
     tl.store(out_ptr + offs_dv, acc.to(out_ptr.dtype.element_ty), mask=mask_dv)
@@ -203,6 +213,7 @@ def decode_attention(
     indices: Tensor | None = None,
     index_count: Tensor | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend with a few queries per sequence to the live slots of a KV store.
 
@@ -225,6 +236,8 @@ def decode_attention(
         indices: `[B, H_kv, N]` int32. Attend to these slots only; no duplicates.
         index_count: `[B, H_kv]` int32. Entries of `indices` in use; those behind are ignored.
         out: `[B, Q, H_q, D_v]` contiguous, as `query`. Written and returned if given.
+        lse: `[B, H_q, Q]` float32 contiguous. Written if given: the natural log of the softmax
+            denominator, -inf where a query sees nothing and has no sink.
 
     Returns:
         `[B, Q, H_q, D_v]`, contiguous, in the dtype of `query`.
@@ -263,9 +276,12 @@ def decode_attention(
         indices=(indices, (*lists, num_indices), int32),
         index_count=(index_count, lists, int32),
         out=(out, (batch_size, q_len, num_heads, value_dim), dtype),
+        lse=(lse, (batch_size, num_heads, q_len), torch.float32),
     )
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    if lse is not None and not lse.is_contiguous():
+        raise ValueError(f"lse: expected a contiguous tensor, got strides {lse.stride()}")
     if out.numel() == 0:
         return out
 
@@ -297,9 +313,9 @@ def decode_attention(
             BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_DV=block_dv, **blocks,
         )  # fmt: skip
         _merge_kernel[(num_lists, rows)](
-            partial, stats, stats if sinks is None else sinks, out,
+            partial, stats, stats if sinks is None else sinks, out, stats if lse is None else lse,
             0 if sinks is None else sinks.stride(0), num_kv_heads, num_splits,
             Q=q_len, ROWS=rows, D_V=value_dim, HAS_SINKS=sinks is not None,
-            BLOCK_S=16, BLOCK_DV=block_dv, num_warps=4,
+            HAS_LSE=lse is not None, BLOCK_S=16, BLOCK_DV=block_dv, num_warps=4,
         )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import shared_bytes
-from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, tanh
+from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["prefill_attention"]
@@ -81,14 +81,15 @@ def _attend_tile(
 @triton.jit
 def _prefill_attention_kernel(
     query_ptr, keys_ptr, values_ptr, position_ptr, length_ptr, seen_ptr, behind_ptr, sinks_ptr,
-    out_ptr,
+    out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_pb, stride_ph, stride_ps,
     stride_lb, stride_lh, stride_sb, stride_sh, stride_bb, stride_bi, stride_sink,
     num_heads, q_len, scale, sliding_window, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     HAS_BEHIND: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, ORDERED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, ORDERED: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # The blocks of a head run side by side and share what they read. Later queries see more slots,
@@ -172,8 +173,11 @@ def _prefill_attention_kernel(
             BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
-    acc = acc / tl.where(weight_sum > 0, weight_sum, 1.0)[:, None]
     rows = first + tl.arange(0, BLOCK_M)
+    if HAS_LSE:
+        lse_ptr += (b * num_heads + head) * q_len
+        tl.store(lse_ptr + rows, log_sum(top, weight_sum), mask=rows < q_len)
+    acc = acc / tl.where(weight_sum > 0, weight_sum, 1.0)[:, None]
     out_ptr += ((b * q_len + rows[:, None]) * num_heads + head) * D_V + offs_dv[None, :]
     mask = (rows < q_len)[:, None] & (offs_dv < D_V)[None, :]
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -205,6 +209,7 @@ def prefill_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend from the chunk that was appended last to the live slots of a KV store.
 
@@ -229,6 +234,8 @@ def prefill_attention(
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
         sinks: `[H_q]`, any float dtype. One more logit per query head, in the denominator only.
         out: `[B, Q, H_q, D_v]` contiguous, as `query`. Written and returned if given.
+        lse: `[B, H_q, Q]` float32 contiguous. Written if given: the natural log of the softmax
+            denominator, -inf where a query sees nothing and has no sink.
 
     Returns:
         `[B, Q, H_q, D_v]`, contiguous, in the dtype of `query`.
@@ -259,9 +266,12 @@ def prefill_attention(
         behind=(behind, (batch_size, q_len), int32),
         sinks=(sinks, (num_heads,), dtype if sinks is None else sinks.dtype),
         out=(out, (batch_size, q_len, num_heads, value_dim), dtype),
+        lse=(lse, (batch_size, num_heads, q_len), torch.float32),
     )
     if not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    if lse is not None and not lse.is_contiguous():
+        raise ValueError(f"lse: expected a contiguous tensor, got strides {lse.stride()}")
     if out.numel() == 0:
         return out
 
@@ -273,6 +283,7 @@ def prefill_attention(
         _prefill_attention_kernel[(num_blocks * batch_size * num_heads,)](
             query, keys, values, position, length, seen,
             length if behind is None else behind, length if sinks is None else sinks, out,
+            out if lse is None else lse,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *position.stride(), *length.stride(), *seen.stride(),
             *((0, 0) if behind is None else behind.stride()),
@@ -280,8 +291,8 @@ def prefill_attention(
             num_heads, q_len, float(scale), sliding_window or 0, float(softcap or 1.0),
             GROUPS=num_heads // num_kv_heads, D=head_dim, D_V=value_dim,
             HAS_BEHIND=behind is not None, HAS_WINDOW=sliding_window is not None,
-            HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, ORDERED=ordered,
-            UPCAST=INTERPRETED and dtype == torch.bfloat16,
+            HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, HAS_LSE=lse is not None,
+            ORDERED=ordered, UPCAST=INTERPRETED and dtype == torch.bfloat16,
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
             BLOCK_D=block_d, BLOCK_DV=block_dv, **blocks,
         )  # fmt: skip

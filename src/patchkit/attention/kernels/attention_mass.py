@@ -1,0 +1,255 @@
+"""Triton sum of the attention that every slot receives; see `reference.attention_mass`.
+
+FLOP floor: `2 * D` for every visible pair of a query and a slot, and query head; with few queries,
+bytes floor: `B * H_kv * live * D` elements of keys. A program owns a block of slots of one KV head
+and walks over the queries that see it, so sums stay in registers: no atomics, no partial results.
+Old slots are seen by more queries, so their blocks start first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from patchkit.attention.kernels import shared_bytes
+from patchkit.attention.kernels.attention_lse import log2_logits, sees
+from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
+from patchkit.attention.reference import check_arguments
+
+__all__ = ["attention_mass"]
+
+_TARGET_PROGRAMS = 132
+_FAR = tl.constexpr(2**30)  # behind every column
+# BLOCK_N, BLOCK_M, pipeline depth
+_TILES = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 64, 1), (32, 32, 1), (16, 16, 1))
+_FLOAT32_TILES = ((32, 64, 1), (32, 32, 1), (16, 16, 1))
+
+
+@triton.jit
+def _add_tiles(
+    total, k, position, first, end, query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei,
+    oldest, q_len, scale, sliding_window, softcap,
+    GROUPS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Add the weights of the query tiles [first, end) of all heads, HEADS of them at a time.
+    num_tiles = tl.maximum(end - first, 0)
+    offs_m = tl.arange(0, HEADS * TILE_Q)
+    offs_d = tl.arange(0, BLOCK_D)
+    for step in range(0, num_tiles * tl.cdiv(GROUPS, HEADS)):
+        start = (first + step % num_tiles) * TILE_Q
+        g = (step // num_tiles * HEADS).to(tl.int64)
+        if HEADS == 1:
+            i = start + offs_m
+        else:
+            g += offs_m // TILE_Q
+            i = start + offs_m % TILE_Q
+        lse_row = lse_ptr + (g * stride_eh + i.to(tl.int64) * stride_ei)
+        row, head = i, g
+        if MASKED or GROUPS % HEADS != 0:
+            mask = i < q_len
+            row = tl.minimum(i, q_len - 1)
+            if GROUPS % HEADS != 0:
+                mask = mask & (g < GROUPS)
+                head = tl.minimum(g, GROUPS - 1)
+            lse = tl.load(lse_row, mask=mask, other=float("inf"))
+        else:
+            lse = tl.load(lse_row)
+        q_row = query_ptr + (head * stride_qh + row.to(tl.int64) * stride_qi)  # [BLOCK_M]
+        if D == BLOCK_D:
+            q = tl.load(q_row[None, :] + offs_d[:, None])  # [BLOCK_D, BLOCK_M]
+        else:
+            q = tl.load(q_row[None, :] + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)  # those add nothing
+        logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
+        if MASKED:
+            visible = sees(position[:, None], (oldest + i)[None, :], sliding_window, HAS_WINDOW)
+            logits = tl.where(visible, logits, float("-inf"))
+        total += tl.sum(tl.exp2(logits), axis=1)
+    return total
+
+
+@triton.jit
+def _attention_mass_kernel(
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr,
+    stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
+    stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
+    stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
+    num_lists, num_kv_heads, q_len, scale, decay, num_new, sliding_window, softcap,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0) % num_lists
+    start = tl.program_id(0) // num_lists * BLOCK_N
+    b = (pid // num_kv_heads).to(tl.int64)
+    h = (pid % num_kv_heads).to(tl.int64)
+    length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
+    if start >= length:
+        return
+    oldest = tl.load(seen_ptr + b * stride_sb + h * stride_sh) - q_len  # column of query 0
+    slot = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    live = slot < length
+    offs_d = tl.arange(0, BLOCK_D)
+    position_ptr += b * stride_pb + h * stride_ph
+    position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)  # [BLOCK_N]
+    keys_ptr += b * stride_kb + h * stride_kh
+    k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
+    k = tl.load(k_ptr, mask=live[:, None] & (offs_d < D)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    if UPCAST:
+        k = k.to(tl.float32)
+    query_ptr += b * stride_qb + h * GROUPS * stride_qh
+    lse_ptr += b * stride_eb + h * GROUPS * stride_eh
+
+    # Queries [first, end) see some slot of the block, those of the tiles [full, full_end) see all.
+    low = tl.min(tl.where(position >= 0, position, _FAR), axis=0)
+    high = tl.max(position, axis=0)
+    end = tl.cdiv(q_len, TILE_Q)
+    full_end = q_len // TILE_Q
+    if HAS_WINDOW:
+        end = tl.minimum(end, tl.cdiv(tl.maximum(high + sliding_window - oldest, 0), TILE_Q))
+        full_end = tl.minimum(full_end, tl.maximum(low + sliding_window - oldest, 0) // TILE_Q)
+    first = tl.maximum(low - oldest, 0) // TILE_Q
+    full = tl.cdiv(tl.maximum(high - oldest, 0), TILE_Q)
+    full = tl.minimum(tl.maximum(full, first), end)
+    full_end = tl.minimum(tl.maximum(full_end, full), end)
+
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    total = _add_tiles(
+        total, k, position, first, full, query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh,
+        stride_ei, oldest, q_len, scale, sliding_window, softcap, GROUPS, D, True, HAS_WINDOW,
+        HAS_SOFTCAP, UPCAST, PRECISION, HEADS, TILE_Q, BLOCK_D,
+    )  # fmt: skip
+    total = _add_tiles(
+        total, k, position, full, full_end, query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh,
+        stride_ei, oldest, q_len, scale, sliding_window, softcap, GROUPS, D, False, HAS_WINDOW,
+        HAS_SOFTCAP, UPCAST, PRECISION, HEADS, TILE_Q, BLOCK_D,
+    )  # fmt: skip
+    total = _add_tiles(
+        total, k, position, full_end, end, query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh,
+        stride_ei, oldest, q_len, scale, sliding_window, softcap, GROUPS, D, True, HAS_WINDOW,
+        HAS_SOFTCAP, UPCAST, PRECISION, HEADS, TILE_Q, BLOCK_D,
+    )  # fmt: skip
+    total = tl.where(position >= 0, total, 0.0)
+
+    score_ptr += b * stride_cb + h * stride_ch
+    if HAS_DECAY:
+        old = live & (position < oldest + q_len - num_new)
+        total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
+    tl.store(score_ptr + slot * stride_cs, total, mask=live)
+
+
+def _blocks(
+    groups: int,
+    q_len: int,
+    capacity: int,
+    num_lists: int,
+    block_d: int,
+    element_size: int,
+    shared: int,
+) -> dict[str, int]:
+    """Choose tiles that fit into `shared` bytes, and blocks of slots that fill the GPU.
+
+    At D = 128 two programs fit on an SM: one multiplies while the other exponentiates.
+    """
+    for block_n, block_m, stages in _FLOAT32_TILES if element_size == 4 else _TILES:
+        if (block_n + stages * block_m) * block_d * element_size <= shared:
+            break
+    q_pow2 = triton.next_power_of_2(max(q_len, 1))
+    block_m = min(block_m, max(16, q_pow2 * triton.next_power_of_2(groups)))
+    tile_q = min(block_m, q_pow2)
+    heads = block_m // tile_q
+    num_tiles = triton.cdiv(groups, heads) * triton.cdiv(q_len, tile_q)
+    least = min(block_n, 64) if num_tiles > 1 else 16
+    while block_n > least and num_lists * triton.cdiv(capacity, block_n) < _TARGET_PROGRAMS:
+        block_n //= 2
+    blocks = {"BLOCK_N": block_n, "TILE_Q": tile_q, "HEADS": heads}
+    blocks["num_stages"] = max(1, min(stages, num_tiles))
+    if block_n * block_m <= (512 if element_size == 4 else 64 * 64):
+        return blocks | {"num_warps": 4}
+    return blocks | {"num_warps": 8, "maxnreg": 128}
+
+
+def attention_mass(
+    query: Tensor,
+    keys: Tensor,
+    position: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    lse: Tensor,
+    score: Tensor,
+    *,
+    scale: float,
+    decay: float = 0.0,
+    num_new: int = 0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Add the attention that every live slot receives to its score.
+
+    `score = decay * score + sum of exp(logit - lse)`, over the G query heads of the KV head and the
+    queries that see the slot. Query i is at column `seen[b, h] - Q + i`. It sees slot s iff
+    `s < length` and `0 <= position <= column` and, with a window,
+    `position > column - sliding_window`. Queries with `lse == -inf` add nothing.
+
+    Args:
+        query: `[B, H_q, Q, D]`, float32/float16/bfloat16, finite, last stride 1. Query heads
+            `[h * G, (h + 1) * G)` share KV head h, where `G = H_q / H_kv`.
+        keys: `[B, H_kv, C, D]`, as `query`.
+        position: `[B, H_kv or 1, C]` int32.
+        length: `[B, H_kv or 1]` int32.
+        seen: `[B, H_kv or 1]` int32, the tokens of `query` included.
+        lse: `[B, H_q, Q]` float32, log of the softmax denominators.
+        score: `[B, H_kv, C]` float32. Changed in place where slots are live.
+        scale: Factor on the logits.
+        decay: Factor on the old score. 0: the old score is not read.
+        num_new: Newest columns whose slots enter with a score of 0, whatever is stored there.
+        sliding_window: Columns that a query sees, its own included. None: all.
+        softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides disagree, or an input requires grad.
+    """
+    batch_size, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, capacity = keys.shape[1], keys.shape[2]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"expected H_q to be a multiple of H_kv={num_kv_heads}, got {num_heads}")
+    position, length, seen = (
+        t.expand(-1, num_kv_heads, *t.shape[2:]) if t.shape[1:2] == (1,) else t
+        for t in (position, length, seen)
+    )
+    lists, dtype, int32 = (batch_size, num_kv_heads), query.dtype, torch.int32
+    check_arguments(
+        query=(query, (batch_size, num_heads, q_len, head_dim), dtype),
+        keys=(keys, (*lists, capacity, head_dim), dtype),
+        position=(position, (*lists, capacity), int32),
+        length=(length, lists, int32),
+        seen=(seen, lists, int32),
+        lse=(lse, (batch_size, num_heads, q_len), torch.float32),
+        score=(score, (*lists, capacity), torch.float32),
+    )
+    if score.numel() == 0 or num_heads == 0:
+        return
+
+    num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    shared = shared_bytes(query.device)
+    blocks = _blocks(groups, q_len, capacity, num_lists, block_d, query.element_size(), shared)
+    num_blocks = triton.cdiv(capacity, blocks["BLOCK_N"])
+    with torch.cuda.device_of(query):
+        _attention_mass_kernel[(num_blocks * num_lists,)](
+            query, keys, position, length, seen, lse, score,
+            *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
+            *seen.stride(), *lse.stride(), *score.stride(),
+            num_lists, num_kv_heads, q_len, float(scale), float(decay), num_new,
+            sliding_window or 0, float(softcap or 1.0),
+            GROUPS=groups, D=head_dim, HAS_DECAY=decay != 0, HAS_WINDOW=sliding_window is not None,
+            HAS_SOFTCAP=softcap is not None, UPCAST=INTERPRETED and dtype == torch.bfloat16,
+            PRECISION="ieee" if dtype == torch.float32 else "tf32",
+            BLOCK_D=block_d, **blocks,
+        )  # fmt: skip

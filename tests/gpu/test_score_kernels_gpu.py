@@ -1,0 +1,187 @@
+"""Attention scores on a CUDA device: the checks of `tests/attention` at realistic sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchkit.attention import reference
+from patchkit.attention.kernels.attention_lse import attention_lse
+from patchkit.attention.kernels.attention_mass import attention_mass
+from patchkit.attention.kernels.decode_attention import decode_attention
+from patchkit.attention.kernels.prefill_attention import prefill_attention
+from patchkit.attention.kernels.window_statistics import window_statistics
+
+from ..attention.kernel_cases import DecodeCase, PrefillCase, make_store, random
+from ..attention.score_cases import (
+    ScoreCase,
+    check_attention_lse,
+    check_attention_mass,
+    check_decode_lse,
+    check_prefill_lse,
+    check_window_statistics,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:]
+)
+
+DECODE_LSE = [
+    DecodeCase(2, 8, 4, 1, 4096, 128, 128, sinks=True),
+    DecodeCase(2, 2, 7, 3, 4096, 80, 80, num_indices=333, heads_inside=True),
+    DecodeCase(1, 4, 2, 3, 4096, 256, 256, sliding_window=512, softcap=50.0),
+]
+
+PREFILL_LSE = [
+    PrefillCase(2, 1, 7, 200, stored=400, head_dim=64, value_dim=64, blocks=None),
+    PrefillCase(2, 2, 2, 300, padding="left", head_dim=128, value_dim=128, blocks=None),
+    PrefillCase(
+        1, 1, 4, 500, head_dim=256, value_dim=256, sliding_window=300, sinks=True, blocks=None
+    ),
+]
+
+LSE = [
+    ScoreCase(2, 2, 4, 1, 4000, head_dim=128),
+    ScoreCase(2, 2, 4, 32, 2000, head_dim=128, sinks=True),
+    ScoreCase(2, 1, 7, 64, 1000, head_dim=128, padding="left", sliding_window=500),
+    ScoreCase(2, 2, 3, 40, 1000, head_dim=80, padding="row", softcap=50.0),
+    ScoreCase(2, 1, 16, 64, 500, head_dim=256),
+    ScoreCase(2, 3, 1, 16, 500, head_dim=192, shared_positions=True),
+]
+
+MASS = [
+    ScoreCase(4, 8, 4, 1, 1000, head_dim=128, decay=0.9),
+    ScoreCase(2, 2, 7, 1, 2000, head_dim=128, sliding_window=1000),
+    ScoreCase(2, 2, 4, 32, 2000, head_dim=128),
+    ScoreCase(2, 4, 7, 64, 3000, head_dim=64, padding="row", softcap=50.0),
+    ScoreCase(2, 2, 4, 700, 0, head_dim=128, padding="left"),
+    ScoreCase(2, 2, 4, 500, 700, head_dim=128, padding="random", decay=0.5),
+    ScoreCase(2, 8, 2, 300, 1800, head_dim=128, sliding_window=700, sinks=True),
+    ScoreCase(2, 1, 4, 600, 0, ordered=True, head_dim=256, sliding_window=256),
+    ScoreCase(2, 2, 3, 300, 200, head_dim=80),
+    ScoreCase(2, 3, 1, 200, 200, head_dim=192, shared_positions=True),
+]
+
+WINDOW = [
+    ScoreCase(2, 2, 4, 32, 4000, head_dim=128),
+    ScoreCase(2, 2, 7, 64, 2000, head_dim=128, padding="left"),
+    ScoreCase(2, 8, 2, 16, 4000, head_dim=64, sliding_window=1000),
+    ScoreCase(2, 2, 4, 33, 1000, head_dim=256, softcap=50.0, sinks=True),
+    ScoreCase(2, 3, 1, 64, 500, head_dim=80, shared_positions=True, padding="row"),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", DECODE_LSE, ids=str)
+def test_decode_attention_writes_lse(case, dtype, monkeypatch) -> None:
+    check_decode_lse(case, dtype, "cuda", monkeypatch)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", PREFILL_LSE, ids=str)
+def test_prefill_attention_writes_lse(case, dtype, monkeypatch) -> None:
+    check_prefill_lse(case, dtype, "cuda", monkeypatch)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", LSE, ids=str)
+def test_attention_lse(case, dtype, monkeypatch) -> None:
+    check_attention_lse(case, dtype, "cuda", monkeypatch)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", MASS, ids=str)
+def test_attention_mass(case, dtype, monkeypatch) -> None:
+    check_attention_mass(case, dtype, "cuda", monkeypatch)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", WINDOW, ids=str)
+def test_window_statistics(case, dtype, monkeypatch) -> None:
+    check_window_statistics(case, dtype, "cuda", monkeypatch)
+
+
+def _prompt(q_len: int, num_kv_heads: int, groups: int) -> tuple[Tensor, ...]:
+    """Return query, keys and bookkeeping after a prompt, in bfloat16 with D = 128."""
+    query = random((1, q_len, num_kv_heads * groups, 128), 1, torch.bfloat16, "cuda")
+    keys = random((1, num_kv_heads, q_len, 128), 2, torch.bfloat16, "cuda")
+    columns = torch.arange(q_len, dtype=torch.int32, device="cuda")
+    position = columns.expand(1, num_kv_heads, -1).clone()
+    length = torch.full((1, num_kv_heads), q_len, dtype=torch.int32, device="cuda")
+    return query.transpose(1, 2), keys, position, length, length.clone()
+
+
+def test_a_long_prompt_equals_the_reference() -> None:
+    query, *held = _prompt(8192, 2, 4)
+    lse = torch.empty(1, 8, 8192, device="cuda")
+    prefill_attention(query, held[0], *held, scale=0.1, ordered=True, lse=lse)
+    plain = reference.attention_lse(query, *held, scale=0.1)
+    torch.testing.assert_close(lse, plain, atol=1e-4, rtol=0)
+    score, expected = (torch.zeros(1, 2, 8192, device="cuda") for _ in range(2))
+    attention_mass(query, *held, plain, score, scale=0.1)
+    reference.attention_mass(query, *held, plain, expected, scale=0.1)
+    close = {"atol": 0, "rtol": 1e-4}
+    torch.testing.assert_close(score, expected, **close)
+    torch.testing.assert_close(score.sum(-1), torch.full((1, 2), 32768.0, device="cuda"), **close)
+
+    last = query[:, :, -32:]
+    last_lse = attention_lse(last, *held, scale=0.1)
+    torch.testing.assert_close(last_lse, plain[:, :, -32:], atol=1e-4, rtol=0)
+    got, want = ([torch.zeros_like(score) for _ in range(2)] for _ in range(2))
+    entropy = window_statistics(last, *held, last_lse, *got, scale=0.1)
+    other = reference.window_statistics(last, *held, last_lse, *want, scale=0.1)
+    torch.testing.assert_close(entropy, other, **close)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-3)
+
+
+def test_a_scored_step_can_be_captured() -> None:
+    """Replays read the counters on the device, so that one graph serves growing lists."""
+    length = torch.tensor([[0, 700], [130, 64]], dtype=torch.int32)
+    store = make_store(length, 1024, 128, 128, torch.float16, "cuda")
+    keys, values, position, lengths, seen = store.tensors
+    for data in (keys, values):
+        data.copy_(random(tuple(data.shape), 3, torch.float16))
+    position.copy_(torch.arange(1024).expand(2, 2, -1))
+    query = random((2, 8, 2, 128), 4, torch.float16, "cuda")
+    held = (keys, position, lengths, seen)
+    options: dict[str, Any] = {"scale": 0.1}
+    lse = torch.empty(2, 8, 2, device="cuda")
+    slots = [torch.zeros(2, 2, 1024, device="cuda") for _ in range(3)]
+    result: dict[str, Tensor] = {}
+
+    def step() -> None:
+        lengths.add_(1)
+        seen.copy_(lengths)
+        decode_attention(query, keys, values, position, lengths, seen, **options, lse=lse)
+        attention_mass(query, *held, lse, slots[0], decay=0.5, **options)
+        result["lse"] = attention_lse(query, *held, **options)
+        result["entropy"] = window_statistics(query, *held, lse, *slots[1:], **options)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for i in range(3):
+        expected = [data.clone() for data in slots]
+        graph.replay()
+        want = reference.attention_lse(query, *held, **options)
+        for got in (lse, result["lse"]):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0, msg=f"step {i}")
+        reference.attention_mass(query, *held, lse, expected[0], decay=0.5, **options)
+        entropy = reference.window_statistics(query, *held, lse, *expected[1:], **options)
+        torch.testing.assert_close(result["entropy"], entropy, atol=1e-5, rtol=1e-4)
+        for got, data in zip(slots, expected, strict=True):
+            torch.testing.assert_close(got, data, atol=1e-7, rtol=1e-3)
