@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 import patchkit
 from patchkit.attention.eviction import Attended
-from patchkit.attention.kernels import prefill_attention
+from patchkit.attention.kernels.prefill_attention import prefill_attention
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.method import Method
 

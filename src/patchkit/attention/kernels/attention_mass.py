@@ -37,11 +37,12 @@ def _add_tiles(
 ):  # fmt: skip
     # Add the weights of the query tiles [first, end) of all heads, HEADS of them at a time.
     num_tiles = tl.maximum(end - first, 0)
+    divisor = tl.maximum(num_tiles, 1)  # an empty loop's first loads are prepared all the same
     offs_m = tl.arange(0, HEADS * TILE_Q)
     offs_d = tl.arange(0, BLOCK_D)
     for step in range(0, num_tiles * tl.cdiv(GROUPS, HEADS)):
-        start = (first + step % num_tiles) * TILE_Q
-        g = (step // num_tiles * HEADS).to(tl.int64)
+        start = (first + step % divisor) * TILE_Q
+        g = (step // divisor * HEADS).to(tl.int64)
         if HEADS == 1:
             i = start + offs_m
         else:
