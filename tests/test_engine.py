@@ -20,10 +20,14 @@ from transformers.generation.streamers import BaseStreamer
 
 import patchkit
 from patchkit import (
+    CAKE,
+    H2O,
     TIP,
+    TOVA,
     BudgetForcing,
     CyclicReflex,
     KVStore,
+    SnapKV,
     ThinkingBudget,
     Window,
     engine,
@@ -670,3 +674,44 @@ def test_fingerprints_see_classes_switches_and_fields():
     prints.append(fingerprint(model))
     assert all(one != other for one, other in itertools.combinations(prints, 2))
     assert prints[-1] == fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Window(budget=12),
+        H2O(budget=12),
+        TOVA(budget=0.5),
+        SnapKV(budget=14, window=4),
+        CAKE(budget=14, window=4),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_parked_store_with_a_budget_starts_afresh_at_the_same_addresses(method):
+    prompts = [batch_of((40, 23)), batch_of((40, 31)), batch_of((9, 4)), batch_of((40, 23))]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    want = []
+    for prompt in prompts:
+        with patchkit.patched(build(), method) as model:
+            want.append(model.generate(**prompt, **options))
+    with patchkit.patched(build(), method) as model:
+        addresses = []
+        for prompt, tokens in zip(prompts, want, strict=True):
+            assert torch.equal(model.generate(**prompt, **options), tokens)
+            step = model._patchkit.graphs.parked
+            addresses.append(step.store.addresses)
+    if not isinstance(method, CAKE):  # whose layers get other budgets with every prompt
+        assert addresses[0] == addresses[1]
+
+
+def test_a_recording_serves_only_steps_that_evict_no_more_than_it():
+    model = patchkit.apply(build(), Window(budget=20))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    model.generate(**batch_of((8, 5)), **options)
+    step = model._patchkit.graphs.parked
+    step._recorded, step._evicts = step._frozen(), step.store.evicts_within(4)
+    assert step._evicts == (False, False)
+    assert step._still_true(4)
+    assert not step._still_true(40)
+    step._evicts = (True, True)
+    assert step._still_true(4) and step._still_true(40)

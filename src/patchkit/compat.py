@@ -1,11 +1,13 @@
-"""Version differences of transformers, each under one name."""
+"""What differs between versions of transformers and modes of torch, each under one name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 TRANSFORMERS_VERSION = Version(version("transformers"))
@@ -21,3 +23,8 @@ def find_cache(kwargs: Mapping[str, Any]) -> Any:
     """Return the KV cache among keyword arguments, under either name, or None."""
     cache = kwargs.get(CACHE_KEYWORD)
     return kwargs.get("past_key_values") if cache is None else cache
+
+
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """Make tensors inside `torch.inference_mode` that may be written to outside of it later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

@@ -213,14 +213,16 @@ class StepGraph:
         self._position: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: Hashable = None
+        self._evicts: tuple[bool, ...] = ()  # layers whose recorded step evicts
         self._full = False  # the memory of the device, when recording was tried
 
-    def begin(self, inputs: dict[str, Any], position: Tensor) -> None:
+    def begin(self, inputs: dict[str, Any], position: Tensor, remaining: int) -> None:
         """Set out from a prompt that the store holds.
 
         Args:
             inputs: What `forward` takes besides token and position.
             position: `[..., B, 1]` int64, of the next token; every step adds one.
+            remaining: Steps to come, at most.
         """
         if self._position is None or self._position.shape != position.shape:
             with torch.inference_mode(False):
@@ -228,7 +230,7 @@ class StepGraph:
         self._position.copy_(position)
         self._full = False
         self._inputs = {**inputs, "input_ids": self.choice.token, "position_ids": self._position}
-        if self._graph is not None and self._recorded != self._frozen():
+        if self._graph is not None and not self._still_true(remaining):
             self._graph = None
 
     def run(self, remaining: int) -> None:
@@ -269,6 +271,8 @@ class StepGraph:
         if pool.first_time(kind):
             return None
 
+        evicts = store.evicts_within(remaining)
+
         def step() -> None:
             self._forward()
             if self.choice.capturable:
@@ -283,8 +287,13 @@ class StepGraph:
         except RuntimeError as error:
             pool.give_up(kind, str(error).splitlines()[0])
             return None
-        self._recorded = self._frozen()
+        self._recorded, self._evicts = self._frozen(), evicts
         return graph
+
+    def _still_true(self, remaining: int) -> bool:
+        """Say whether the recording serves the steps to come; evicting in vain does no harm."""
+        needed = zip(self.store.evicts_within(remaining), self._evicts, strict=True)
+        return self._recorded == self._frozen() and all(had for needs, had in needed if needs)
 
     def _frozen(self) -> Hashable:
         inputs: list[Any] = []

@@ -290,4 +290,7 @@ def test_patch_function():
     from patchkit.attention import window
 
     model = window.patch(build(), budget=9)
-    assert patchkit.report(model).methods[0].config == "Window(budget=9, num_sink_tokens=4, budget_bytes=None)"
+    assert (
+        patchkit.report(model).methods[0].config
+        == "Window(budget=9, num_sink_tokens=4, budget_bytes=None)"
+    )

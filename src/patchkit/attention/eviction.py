@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from patchkit.compat import ordinary_tensors
 from patchkit.errors import CacheError
 from patchkit.method import Method
 
@@ -116,7 +117,7 @@ class EvictionPolicy:
     def allocate(self, layer: StoreLayer) -> None:
         """Make the tensors of a layer that is about to take its first chunk."""
         self._prompt_bound = 0
-        self.prompt_length = layer.length.new_zeros(layer.length.shape[0], 1)
+        self._held("prompt_length", layer.length.new_zeros(layer.length.shape[0], 1))
         if self.most_bytes is not None:
             self.tokens = self._tokens_of_bytes(layer)
         self.set_budget(layer)
@@ -175,9 +176,18 @@ class EvictionPolicy:
 
     def hold(self, budget: Tensor) -> None:
         """Take `[B, H_kv]` int32 budgets."""
-        self.budget = budget
         most = (budget - self.num_sink_tokens).clamp_min(0)
-        self.recent = self.num_recent(budget).to(torch.int32).minimum(most)
+        self._held("budget", budget)
+        self._held("recent", self.num_recent(budget).to(torch.int32).minimum(most))
+
+    def _held(self, name: str, value: Tensor) -> None:
+        """Set a tensor, in place where there is one: recorded steps know its address."""
+        before = getattr(self, name, None)
+        if before is None or before.shape != value.shape or before.device != value.device:
+            with ordinary_tensors():
+                setattr(self, name, value.clone())
+        else:
+            before.copy_(value)
 
     # -- enforcing them ---------------------------------------------------------------------
 
@@ -185,7 +195,7 @@ class EvictionPolicy:
         """Enforce the budget after a forward pass of `new_tokens`."""
         if new_tokens > 1:
             self.set_budget(layer)
-        if layer.filled - 1 + layer.horizon <= self.lowest:
+        if layer.filled - 1 + layer.horizon <= self.lowest:  # as `evicts_within` said before
             return
         if layer.record_past:
             layer.overdue = True

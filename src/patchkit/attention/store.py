@@ -198,6 +198,10 @@ class KVStore(Cache):
         """Tokens that every layer can take before its slots must grow."""
         return min(layer.room for layer in self.store_layers)
 
+    def evicts_within(self, steps: int) -> tuple[bool, ...]:
+        """Say for every layer whether it may have to evict in so many steps of one token."""
+        return tuple(layer.evicts_within(steps) for layer in self.store_layers)
+
     @property
     def layout(self) -> tuple[Any, ...]:
         """What kernels are built for: shapes and dtype of each kind of layer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from patchkit.attention.eviction import Attended, EvictionPolicy
 from patchkit.backends import Backend
+from patchkit.compat import ordinary_tensors
 from patchkit.errors import CacheError
 
 BUCKET = 256
@@ -24,11 +24,6 @@ BOUND = 16
 
 _COUNTERS = ("columns", "filled", "rollback", "ragged", "ordered")
 """What the host knows of a layer between two forward passes."""
-
-
-def ordinary_tensors() -> AbstractContextManager[None]:
-    """Make tensors inside `torch.inference_mode` that may be written to outside of it later."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _bucket(tokens: int, step: int = BUCKET) -> int:
@@ -140,7 +135,7 @@ class StoreLayer(CacheLayerMixin):
         self._spare: dict[str, Tensor] | None = None
 
     def restart(self) -> dict[str, Tensor] | None:
-        """Drop every token, but keep the slots for a first chunk that fits them.
+        """Drop every token, but keep the slots for the next ones, at the same addresses.
 
         Returns:
             The tensors that are kept, for the caller to empty, or None.
@@ -157,7 +152,11 @@ class StoreLayer(CacheLayerMixin):
         if torch.is_autocast_enabled(self.device.type):  # RoPE leaves it for float32
             self.dtype = torch.get_autocast_dtype(self.device.type)
         self.is_initialized = True
-        if self._adopt_spare(key_states.shape, value_states.shape):
+        if not self._spare_suits(key_states.shape, value_states.shape):
+            self._spare = None
+        if self._spare is not None and self.policy is None:
+            self._hold(self._spare)
+            self.capacity, self._spare = self.keys.shape[2], None
             return
         slots = {"dtype": self.dtype, "device": self.device}
         counters = {"dtype": torch.int32, "device": self.device}
@@ -165,24 +164,24 @@ class StoreLayer(CacheLayerMixin):
             self.keys = torch.zeros(batch_size, num_kv_heads, 0, key_states.shape[-1], **slots)
             self.values = torch.zeros(batch_size, num_kv_heads, 0, value_states.shape[-1], **slots)
             self.position = torch.full((batch_size, num_kv_heads, 0), -1, **counters)
-            self.length = torch.zeros(batch_size, num_kv_heads, **counters)
-            self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
             if self.policy is not None and self.policy.scored:
                 self.score = torch.zeros(batch_size, num_kv_heads, 0, device=self.device)
+            if self._spare is None:
+                self.length = torch.zeros(batch_size, num_kv_heads, **counters)
+                self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
+            else:  # whose slots wait for what a budget leaves of the prompt; see `keep`
+                self.length, self.seen = self._spare["length"], self._spare["seen"]
             if self.policy is not None:
                 self.policy.allocate(self)
 
-    def _adopt_spare(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
-        """Take the tensors that `restart` kept, where they suit the first chunk and no policy."""
-        spare, self._spare = self._spare, None
-        if spare is None or self.policy is not None:
+    def _spare_suits(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
+        """Say whether `restart` has kept tensors for this batch size, dtype and device."""
+        if self._spare is None:
             return False
-        for held, shape in ((spare["keys"], key_shape), (spare["values"], value_shape)):
+        for held, shape in ((self._spare["keys"], key_shape), (self._spare["values"], value_shape)):
             alike = held.shape[:2] == shape[:2] and held.shape[3] == shape[3]
             if not alike or held.dtype != self.dtype or held.device != self.device:
                 return False
-        self.__dict__.update(spare)
-        self.capacity = self.keys.shape[2]
         return True
 
     @property
@@ -238,8 +237,7 @@ class StoreLayer(CacheLayerMixin):
         if not tensors:
             return
         self.is_initialized = True
-        for name, tensor in tensors.items():
-            setattr(self if name in StoreLayer.__annotations__ else self.policy, name, tensor)
+        self._hold(tensors)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.capacity = self.keys.shape[2]
         if self.policy is not None:
@@ -259,7 +257,7 @@ class StoreLayer(CacheLayerMixin):
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         """Replace tensors of the layer and its policy."""
         for name, tensor in tensors.items():
-            setattr(self if name in self.__dict__ else self.policy, name, tensor)
+            setattr(self if name in StoreLayer.__annotations__ else self.policy, name, tensor)
 
     def _empty_slots(self, capacity: int) -> dict[str, Tensor]:
         """Allocate empty slots."""
@@ -424,6 +422,7 @@ class StoreLayer(CacheLayerMixin):
         new_tokens, self._open = self._open, 0
         if self.policy is not None:
             self.policy.commit(self, new_tokens)
+            self._spare = None  # what this prompt did not need
 
     def shrinks(self, most: int) -> bool:
         """Say whether slots for `most` tokens per list take less memory than those there are."""
@@ -437,7 +436,12 @@ class StoreLayer(CacheLayerMixin):
             count: `[B, H_kv]` int32, entries of `keep` in use.
             most: Upper bound on `count`.
         """
-        slots = self._empty_slots(_bucket(most + 1, BOUND))
+        capacity, spare = _bucket(most + 1, BOUND), self._spare
+        self._spare = None
+        if spare is not None and spare["keys"].shape[2] == capacity:
+            slots = {name: spare[name] for name in self._slots()}
+        else:
+            slots = self._empty_slots(capacity)
         self.backend.run(
             "attention",
             "compact",
@@ -467,6 +471,10 @@ class StoreLayer(CacheLayerMixin):
     def recordable(self) -> bool:
         """Whether the next step of one token can be recorded: nothing is open or deferred."""
         return self.is_initialized and not (self._open or self.overdue or self.record_past)
+
+    def evicts_within(self, steps: int) -> bool:
+        """Say whether some list may outgrow its budget in so many steps of one token."""
+        return self.policy is not None and self.filled + steps > self.policy.lowest
 
     @property
     def room(self) -> int:

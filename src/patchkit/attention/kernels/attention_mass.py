@@ -20,7 +20,7 @@ from patchkit.attention.reference import check_arguments
 
 __all__ = ["attention_mass"]
 
-_TARGET_PROGRAMS = 132
+_TARGET_PROGRAMS = 4 * 132  # those of old slots run longest, so one round would end unevenly
 _FAR = tl.constexpr(2**30)  # behind every column
 # BLOCK_N, BLOCK_M, pipeline depth
 _TILES = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 64, 1), (32, 32, 1), (16, 16, 1))
@@ -170,10 +170,9 @@ def _blocks(
     while block_n > least and num_lists * triton.cdiv(capacity, block_n) < _TARGET_PROGRAMS:
         block_n //= 2
     blocks = {"BLOCK_N": block_n, "TILE_Q": tile_q, "HEADS": heads}
-    blocks["num_stages"] = max(1, min(stages, num_tiles))
-    if block_n * block_m <= (512 if element_size == 4 else 64 * 64):
-        return blocks | {"num_warps": 4}
-    return blocks | {"num_warps": 8, "maxnreg": 128}
+    many = element_size == 4 and block_n * block_m > 512
+    stages = max(1, min(stages, num_tiles))
+    return blocks | {"num_stages": stages, "num_warps": 8 if many else 4}
 
 
 def attention_mass(
