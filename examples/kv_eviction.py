@@ -1,6 +1,6 @@
 """Read a long prompt, keep a part of its KV cache, then ask: dense, and every eviction method.
 
-Run: python examples/kv_eviction.py [--tokens 896] [--budgets 128 384]
+Run: python examples/kv_eviction.py [--tokens 896] [--budgets 256 640]
 
 The prompt is a chapter of Python's manual with a fact hidden in each quarter. The cache is
 compressed before the question is known. The question shows three of the facts and begins the
@@ -65,7 +65,7 @@ def ask(model, context, question, answer):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=896, help="of the prompt")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[128, 384])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 640])
     args = parser.parse_args()
     model, tokenizer = demo.load()
     prompts = [ids.to(model.device) for ids in build(tokenizer, args.tokens)]
@@ -80,7 +80,7 @@ def main() -> None:
         text = " ".join(tokenizer.decode(ids).split())
         size = f"{kept:>13.0f}{nbytes / 1e6:>8.1f}{nll:>8.3f}"
         print(f"{name:<12}{budget or '-':>7}{size}  {text}", flush=True)
-    print("\nNLL: nats per digit of the right number. The store allocates in steps of 256 tokens.")
+    print("\nNLL: nats per digit of the right number.")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 Run: python examples/long_chat.py [--turns 20] [--method Window] [--budget 192]
 
 Every turn passes the whole conversation and the same store to `generate()`, which feeds only what
-the store has not seen. "dense" is what the keys and values of all tokens seen would take; the store
-allocates in steps of 256 tokens.
+the store has not seen. "dense" is what the keys and values of all tokens seen would take.
 """
 
 from __future__ import annotations
@@ -46,14 +45,10 @@ REPLY_TOKENS = 16
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--turns", type=int, default=len(MESSAGES))
-    parser.add_argument("--method", default="Window")
+    parser.add_argument("--method", default="H2O")
     parser.add_argument("--budget", type=int, default=192, help="tokens per layer and KV head")
     args = parser.parse_args()
     model, tokenizer = demo.load()
-    config = model.config
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    token_bytes *= model.dtype.itemsize
-
     patchkit.apply(model, getattr(patchkit, args.method)(budget=args.budget))
     store = patchkit.KVStore(model)
     options = {"max_new_tokens": REPLY_TOKENS, "do_sample": False, CACHE_KEYWORD: store}
@@ -74,7 +69,7 @@ def main() -> None:
 
         reply = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         seen, stored = store.get_seq_length(), max(int(n.max()) for n in store.lengths())
-        sizes = f"{store.nbytes / 1e6:>8.1f}{seen * token_bytes / 1e6:>8.1f}"
+        sizes = f"{store.nbytes / 1e6:>8.1f}{store.dense_bytes / 1e6:>8.1f}"
         line = textwrap.shorten(f"{message} > {reply}", width=72, placeholder=" ...")
         print(f"{turn:>4}{seen:>7}{stored:>8}{sizes}  {line}", flush=True)
     patchkit.restore(model)

@@ -57,7 +57,7 @@ def test_report_shows_the_methods_with_their_fields(folder, capsys):
     assert cli.main([*argv, "--method", "tip:reflection_tokens=(5,6)"]) == 0
     out = capsys.readouterr().out
     assert "LlamaForCausalLM" in out
-    assert "Window(budget=12, num_sink_tokens=3)" in out
+    assert "Window(budget=12, num_sink_tokens=3, budget_bytes=None)" in out
     assert "TIP(" in out
 
 
@@ -91,7 +91,10 @@ def test_demo_says_that_an_approximate_method_may_differ(folder, capsys):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("window:size=3", r"window has no field ['size'], it takes ['budget', 'num_sink_tokens']"),
+        (
+            "window:size=3",
+            r"window has no field ['size'], it takes ['budget', 'num_sink_tokens', 'budget_bytes']",
+        ),
         ("window:budget=2", "budget must exceed num_sink_tokens=4, got 2"),
         ("window:budget", "expected NAME or NAME:FIELD=VALUE"),
         ("window:budget=", "expected NAME or NAME:FIELD=VALUE"),
