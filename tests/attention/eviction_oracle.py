@@ -201,7 +201,7 @@ def _vote(state: Pass, window: int, width: int) -> None:
         return
     voters = min(size, window)
     inside = [i for i, column in enumerate(state.columns) if column >= state.seen - voters]
-    tokens.scores = smooth((state.weights[:, inside].sum((0, 1)) / voters).tolist(), width)
+    tokens.scores = smooth(state.weights[:, inside].mean(1).sum(0).tolist(), width)
 
 
 def snapkv_rule(budget, sinks=4, window=32, width=5, share: Callable | None = None) -> Rule:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 import patchkit
@@ -24,7 +29,7 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5, "check_dtype": False}
 def pyramid(protected, beta):
     def share(depth, layers, most):
         fall = (2 - 2 / beta) / max(layers - 1, 1) if layers > 1 else 0
-        return protected + (most - protected) * (1 + fall * ((layers - 1) / 2 - depth))
+        return most + max(most - protected, 0) * fall * ((layers - 1) / 2 - depth)
 
     return share
 
@@ -149,11 +154,11 @@ def test_float32_keeps_the_same_tokens(name, backend):
 @pytest.mark.parametrize("name", CASES)
 def test_rows_do_not_see_each_other(name):
     method, _ = CASES[name]
-    ids, valid = stream([23, 9, 17], 5)
+    ids, valid = stream([23, 3, 17, 1], 5)
     chunks = [23, 1, 1, 3]
     with patchkit.patched(build(), method) as model:
         together = [(logits, positions(store)) for logits, store in feed(model, ids, valid, chunks)]
-        for b in range(3):
+        for b in range(4):
             skipped = int((~valid[b]).sum())
             own = (ids[b : b + 1, skipped:], valid[b : b + 1, skipped:])
             alone = feed(model, *own, [23 - skipped, *chunks[1:]])
@@ -316,15 +321,118 @@ def test_scores_cannot_be_taken_back_but_a_store_can_be_copied():
     assert torch.equal(asked, again)
 
 
-def test_a_custom_mask_is_refused():
+def test_a_custom_mask_is_refused_before_anything_changes():
     model = build()
-    mask = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
-    with (
-        patchkit.patched(model, H2O(budget=12)),
-        torch.no_grad(),
-        pytest.raises(UnsupportedGenerationError, match="4-D"),
-    ):
-        model(torch.ones(1, 8, dtype=torch.long), attention_mask=mask, use_cache=True)
+    ids, valid = stream([20], 8)
+    mask = torch.zeros(1, 1, 8, 28, dtype=torch.float64)
+    with patchkit.patched(model, H2O(budget=12)), torch.no_grad():
+        ((_, store),) = feed(model, ids, valid, [20])
+        kept = positions(store)
+        with pytest.raises(UnsupportedGenerationError, match="4-D"):
+            model(ids[:, 20:], attention_mask=mask, use_cache=True, **with_cache(store))
+        model(ids[:, 20:], use_cache=True, **with_cache(store))
+    assert positions(store) != kept
+
+
+@pytest.mark.parametrize("where", ["right", "hole", "later turn"])
+def test_padding_behind_a_token_is_refused(where):
+    model = build()
+    ids, valid = stream([20, 20], 8)
+    column = {"right": 19, "hole": 9, "later turn": 20}[where]
+    valid[1, column] = False
+    with patchkit.patched(model, H2O(budget=12)):
+        fed = feed(model, ids, valid, [20, 8])
+        if where == "later turn":
+            next(fed)
+        with pytest.raises(CacheError, match="pad on the left"):
+            next(fed)
+        with patchkit.patched(build(), Window(budget=12)) as other:
+            assert len(list(feed(other, ids, valid, [20, 8]))) == 2
+
+
+@pytest.mark.parametrize("cls", [Window, H2O, PyramidKV])
+def test_device_and_host_agree_about_fractions(cls):
+    layer = KVStore(patchkit.apply(build(), cls(budget=0.5))).store_layers[-1]
+    layer.length, layer.columns = torch.zeros(1, 1, dtype=torch.int32), 1
+    layer.policy.allocate(layer)
+    lengths = torch.arange(1, 4097, dtype=torch.int32)
+    for k in range(1, 101):
+        policy = layer.policy
+        policy.tokens = k / 100
+        policy.prompt_length = lengths[:, None]
+        layer.length = lengths[:, None]
+        policy.set_budget(layer)
+        highest = []
+        for n in (*range(1, 200), 1000, 4095, 4096):
+            policy._prompt_bound = n
+            policy.prompt_length, layer.length = (lengths[n - 1 : n, None] for _ in range(2))
+            policy.set_budget(layer)
+            highest.append((policy.highest, int(policy.budget[0, 0])))
+        assert all(host == device for host, device in highest), k
+
+
+@pytest.mark.parametrize("cls", [H2O, SnapKV, CAKE])
+def test_a_failed_prompt_frees_its_layers(cls):
+    model = build()
+    ids, valid = stream([40], 0)
+    with patchkit.patched(model, cls(budget=40)):
+        store = KVStore(model)
+        layers = [weakref.ref(layer) for layer in store.store_layers]
+        handle = model.model.layers[1].mlp.register_forward_hook(_fail)
+        gc.disable()
+        try:
+            with torch.no_grad(), pytest.raises(RuntimeError, match="on purpose"):
+                model(ids, use_cache=True, **with_cache(store))
+            model._patchkit.store = None
+            del store
+            assert all(layer() is None for layer in layers)
+        finally:
+            gc.enable()
+            handle.remove()
+
+
+def _fail(*_):
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("cls", [Window, H2O, CAKE])
+def test_rows_of_a_store_filled_in_inference_mode_can_be_permuted(cls):
+    model = build()
+    ids, valid = stream([50, 50], 1)
+    with patchkit.patched(model, cls(budget=40)):
+        with torch.inference_mode():
+            (_, store) = list(feed(model, ids, valid, [50, 1]))[-1]
+        kept = positions(store)
+        store.reorder_cache(torch.tensor([1, 0]))
+    assert positions(store) == [rows[::-1] for rows in kept]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "deepseek_v2"])
+def test_sums_of_a_prompt_are_those_of_eager_attention(family):
+    plain = tiny_model(family, attn_implementation="eager")
+    ids = torch.randint(1, VOCAB, (2, 25), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        weights = plain(ids, output_attentions=True).attentions
+        model = patchkit.apply(tiny_model(family), H2O(budget=64))
+        store = KVStore(model)
+        model(ids, use_cache=True, **with_cache(store))
+    compared = 0
+    for layer, attention in zip(store.store_layers, weights, strict=True):
+        if layer.score is not None:
+            heads = layer.score.shape[1]
+            want = attention.sum(-2).unflatten(1, (heads, -1)).sum(2)
+            torch.testing.assert_close(layer.score[:, :, :25], want, atol=1e-4, rtol=1e-4)
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("cls", [H2O, SnapKV, TOVA, CAKE])
+def test_a_step_over_a_shared_latent_can_be_recorded(cls):
+    model = patchkit.apply(tiny_model("deepseek_v2"), cls(budget=40), backend="triton")
+    ids, valid = stream([45], 2)
+    (_, store) = list(feed(model, ids, valid, [45, 1]))[-1]
+    with store.stepping(8, recording=True), torch.no_grad():
+        model(ids[:, 46:], position_ids=torch.tensor([[46]]), use_cache=True, **with_cache(store))
 
 
 @pytest.mark.parametrize("cls", [Window, H2O, SnapKV, PyramidKV, TOVA, CAKE])
@@ -334,6 +442,8 @@ def test_a_bound_in_bytes_holds(cls):
     wanted = 1_000_000 if cls is not PyramidKV else 2_000_000
     with patchkit.patched(model, cls(budget_bytes=wanted)):
         *_, (_, store) = feed(model, ids, valid, [900, 1, 1])
+        *_, (_, short) = feed(model, ids[:, -60:], valid[:, -60:], [10, *[1] * 50])
+    assert sum(t.nbytes for layer in short.store_layers for t in layer._slots().values()) <= wanted
     slots = sum(t.nbytes for layer in store.store_layers for t in layer._slots().values())
     uniform = cls not in (PyramidKV, CAKE)
     assert slots <= wanted if uniform else slots <= 1.3 * wanted
@@ -345,11 +455,19 @@ def test_a_bound_in_bytes_holds(cls):
         next(feed(model, ids, valid, [900]))
 
 
-def test_calibration_tries_every_pair():
+def test_calibration_returns_the_pair_with_the_lowest_loss():
     model = build(dtype=torch.float32)
     ids = torch.randint(1, VOCAB, (1, 60), generator=torch.Generator().manual_seed(1))
-    best = calibrate(model, ids, CAKE(budget=16, **SNAP), num_scored=8, temperatures=(0.5, 1.0))
-    assert best.tau1 in (0.5, 1.0) and best.tau2 in (0.5, 1.0)
+    method, losses = CAKE(budget=16, **SNAP), {}
+    for pair in itertools.product((0.5, 1.0, 3.0), repeat=2):
+        with patchkit.patched(model, replace(method, tau1=pair[0], tau2=pair[1])):
+            fed = list(feed(model, ids, torch.ones_like(ids, dtype=torch.bool), [52, 8]))
+        losses[pair] = cross_entropy(fed[-1][0][0, :-1], ids[0, 53:]).item()
+    best = calibrate(model, ids, method, num_scored=8, temperatures=(0.5, 1.0, 3.0))
+    assert (best.tau1, best.tau2) == min(losses, key=losses.get) != (0.5, 0.5)
+    for wrong, message in ((CAKE(budget=1.0), "longer than"), (CAKE(budget_bytes=9999), "bytes")):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, ids, wrong, num_scored=8)
     assert not patchkit.report(model).patched
     with pytest.raises(ValueError, match="longer than the budget"):
         calibrate(model, ids[:, :20], CAKE(budget=16, **SNAP), num_scored=8)
@@ -363,13 +481,13 @@ def test_calibration_tries_every_pair():
         ("decay", lambda: H2O(decay=1.0)),
         ("score_queries", lambda: H2O(score_queries="first:3")),
         ("norm='mean'", lambda: H2O(norm="mean", score_queries="last:8")),
-        ("window", lambda: SnapKV(window=0)),
+        ("window", lambda: SnapKV(window=1)),
         ("kernel_size", lambda: SnapKV(kernel_size=4)),
         ("num_sink_tokens \\+ window=36", lambda: SnapKV(budget=36)),
         ("beta", lambda: PyramidKV(beta=0.5)),
         ("one budget", lambda: PyramidKV(budget=[64, 64])),
         ("one budget", lambda: CAKE(budget=[64, 64])),
-        ("window of 2", lambda: CAKE(window=1)),
+        ("at most 64", lambda: CAKE(window=65)),
         ("temperatures", lambda: CAKE(tau1=0.0)),
         ("dense_layers", lambda: CAKE(dense_layers=0)),
         ("one int per layer", lambda: TOVA(budget=[[8, 9]])),
@@ -405,6 +523,9 @@ def test_a_saved_store_goes_on_where_it_was(name, tmp_path):
             )
             assert torch.equal(got, want)
             assert positions(loaded) == positions(store)
+        store.activate_past_recording()
+        with pytest.raises(CacheError, match="crop"):
+            store.save(path)
     with patchkit.patched(model), pytest.raises(CacheError, match="saved with kv_eviction"):
         KVStore.load(path, model)
     fewer = build(layers=2, dtype=torch.float32)

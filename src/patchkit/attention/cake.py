@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -55,7 +56,7 @@ from transformers import PreTrainedModel
 
 from patchkit.api import patched
 from patchkit.attention.eviction import Attended, Budget, EvictionPolicy, apply_method
-from patchkit.attention.scoring import add_mass, pool, window_statistics
+from patchkit.attention.scoring import pool, replace_by_mean, window_statistics
 from patchkit.attention.snapkv import SnapKV
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.compat import CACHE_KEYWORD
@@ -71,7 +72,8 @@ class Cascade:
     def __init__(self, method: CAKE) -> None:
         self.method = method
         self.policies: list[Preferred] = []
-        self._closed: list[tuple[Preferred, StoreLayer, Tensor]] = []
+        # Weak, so that a store that is dropped does not wait for the garbage collector.
+        self._closed: list[tuple[Preferred, weakref.ref[StoreLayer], Tensor]] = []
         self._waiting = 0
         self._crowded = False
 
@@ -81,21 +83,21 @@ class Cascade:
             self._closed, self._waiting, self._crowded = [], 0, False
         policy.set_budget(layer)  # what an average layer keeps
         first = (policy.preference, layer.length[:, 0], policy.budget[:, 0], policy.recent[:, 0])
-        self._closed.append((policy, layer, torch.stack([fact.double() for fact in first])))
+        facts = torch.stack([fact.double() for fact in first])
+        self._closed.append((policy, weakref.ref(layer), facts))
         self._waiting += 1
         self._crowded |= layer.filled > policy.lowest
         last = len(self._closed) == len(self.policies)
         if self._crowded and (last or self._waiting >= self.method.dense_layers):
             self._cut(last)
             self._waiting = 0
-        if last:
-            self._closed = []  # a store that is dropped must not wait for the garbage collector
 
     def _cut(self, last: bool) -> None:
         """Divide the budget by the preferences so far; the only read of device values."""
-        facts = torch.stack([facts for *_, facts in self._closed]).tolist()  # [layers, 4, B]
+        device = self._closed[0][2].device
+        facts = torch.stack([facts.to(device) for *_, facts in self._closed])  # [layers, 4, B]
         shares: list[list[int]] = []
-        for row in zip(*(zip(*layer, strict=True) for layer in facts), strict=True):
+        for row in facts.permute(2, 0, 1).tolist():
             preferences, lengths, budgets, recents = zip(*row, strict=True)
             protected = self.method.num_sink_tokens + int(recents[0])
             total = (int(budgets[0]) - protected) * len(self.policies)
@@ -106,7 +108,9 @@ class Cascade:
             whole = round_to_total(real, total) if last else [math.floor(x) + 1 for x in real]
             shares.append([protected + kept for kept in whole])
         budgets_of_layers = zip(*shares, strict=True)
-        for (policy, layer, _), per_row in zip(self._closed, budgets_of_layers, strict=True):
+        for (policy, held, _), per_row in zip(self._closed, budgets_of_layers, strict=True):
+            layer = held()
+            assert layer is not None  # its store is being filled
             policy.take(layer, per_row, last)
 
 
@@ -176,7 +180,7 @@ class Preferred(EvictionPolicy):
         """Describe the layer and its tokens by the last queries of a chunk, or by the only one."""
         q_len, method = attended.query.shape[2], self.method
         if q_len == 1:
-            add_mass(layer, attended, 1)
+            replace_by_mean(layer, attended, 1)
             return
         voters = min(q_len, method.window)
         mean, variance, entropy = window_statistics(layer, attended, voters)
@@ -226,8 +230,8 @@ class CAKE(SnapKV, name="cake", slots=("kv_eviction",)):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 2:
-            raise ValueError(f"a variance needs a window of 2 or more, got {self.window}")
+        if self.window > 64:
+            raise ValueError(f"window must be at most 64, got {self.window}")
         if self.tau1 <= 0 or self.tau2 <= 0:
             raise ValueError(f"temperatures must be positive, got {self.tau1} and {self.tau2}")
         if self.dense_layers < 1:
@@ -266,12 +270,16 @@ def calibrate(
         `method` with the best temperatures; the earlier ones of equals.
 
     Raises:
-        ValueError: the texts are not longer than `num_scored`, or fit the budget.
+        ValueError: the texts are not longer than `num_scored`, or fit the budget, or the budget is
+            in bytes.
         PatchkitError: the model cannot be patched, or is patched already.
     """
     length = input_ids.shape[1]
-    kept = method.budget if isinstance(method.budget, int) else length - num_scored - 1
-    if not 2 <= num_scored < length or kept >= length - num_scored:
+    fed = length - num_scored
+    kept = method.budget if isinstance(method.budget, int) else int(fed * method.budget)
+    if method.budget_bytes is not None:
+        raise ValueError(f"expected a budget in tokens, got budget_bytes={method.budget_bytes}")
+    if not 2 <= num_scored < length or kept >= fed:
         raise ValueError(
             f"expected texts longer than the budget {method.budget} and num_scored={num_scored} "
             f"together, got {length} tokens"

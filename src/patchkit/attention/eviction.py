@@ -57,8 +57,8 @@ class EvictionPolicy:
     tokens of its own pass. Subclasses rank tokens by a score.
 
     Args:
-        budget: What a KV head keeps, sinks included; see `Budget`. A fraction counts the tokens
-            that arrived in forwards of more than one token, per row, rounded down.
+        budget: What a KV head keeps, sinks included; see `Budget`. A fraction counts the tokens of
+            the first forward and of all others of more than one token, per row, rounded down.
         num_sink_tokens: The first tokens of each row, which are never dropped.
         sliding_window: The layer's own window. It sees no more than the newest
             `sliding_window - 1` tokens beside the query itself, which caps the budget.
@@ -78,7 +78,7 @@ class EvictionPolicy:
     recent: Tensor
     """`[B, H_kv]` int32, newest columns whose tokens are never dropped."""
     prompt_length: Tensor
-    """`[B, 1]` int32, tokens that arrived in forwards of more than one token."""
+    """`[B, 1]` int32, the tokens that a fraction is of."""
 
     def __init__(
         self,
@@ -146,13 +146,13 @@ class EvictionPolicy:
         slots = layer.slots_within(self.most_bytes)
         if slots <= self.num_sink_tokens + 1:
             raise CacheError(
-                f"budget_bytes leaves {self.most_bytes:,} bytes for a layer of "
-                f"{layer.batch_size} rows, where a slot of all heads takes {layer.slot_bytes:,}"
+                f"budget_bytes leaves {self.most_bytes:,} bytes for a layer whose slots take "
+                f"{layer.slot_bytes:,}, in {layer.length.shape[0]} rows of all heads"
             )
         return slots - 1  # a step appends before it evicts
 
     def count(self, new_tokens: int, valid: Tensor | None) -> None:
-        """Account for a chunk of more than one token; `valid` is `[B, new_tokens]` bool or None."""
+        """Account for tokens of the prompt; `valid` is `[B, new_tokens]` bool or None."""
         self.prompt_length += new_tokens if valid is None else valid.sum(-1, keepdim=True)
         self._prompt_bound += new_tokens
 
@@ -160,7 +160,8 @@ class EvictionPolicy:
         """Refresh `budget` and `recent`, and the bounds that the host knows."""
         floor, tokens = self.num_sink_tokens + 1, self.tokens
         if isinstance(tokens, float):
-            per_row = self.share(self.prompt_length * tokens).to(torch.int32)
+            # In float64, as the host computes its bound: both must round alike.
+            per_row = self.share(self.prompt_length.double() * tokens).to(torch.int32)
             budget = per_row.clamp(floor, self.limit)
             self.lowest = 0
             self.highest = max(floor, int(self.share(self._prompt_bound * tokens)))
@@ -168,6 +169,7 @@ class EvictionPolicy:
                 self.highest = min(self.highest, self.limit)
         else:
             per_head = tokens if isinstance(tokens, tuple) else (int(self.share(tokens)),)
+            per_head = tuple(max(kept, floor) for kept in per_head)
             if self.limit is not None:
                 per_head = tuple(min(kept, self.limit) for kept in per_head)
             budget = layer.length.new_tensor(per_head)
@@ -193,7 +195,7 @@ class EvictionPolicy:
 
     def commit(self, layer: StoreLayer, new_tokens: int) -> None:
         """Enforce the budget after a forward pass of `new_tokens`."""
-        if new_tokens > 1:
+        if new_tokens > 1 or layer.columns == new_tokens:
             self.set_budget(layer)
         if layer.filled - 1 + layer.horizon <= self.lowest:  # as `evicts_within` said before
             return

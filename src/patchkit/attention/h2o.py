@@ -19,7 +19,7 @@ Options
     recent: share of the budget for the newest tokens (default 0.5, as the paper).
     norm: "sum" (paper) favours old tokens, which more queries have seen; "mean" divides by the
         number of those queries; "ema" lets a query's share fade by `decay` with each later one.
-    score_queries: "all" (paper), or "last:W" to score the prompt by its last W queries only.
+    score_queries: "all" (paper), or "last:W" to score by the last W queries of every forward.
     num_sink_tokens: tokens at the start of each row that are never dropped (default 4).
     budget_bytes: bound on the bytes of the whole store instead of `budget`.
 
@@ -81,7 +81,7 @@ class HeavyHitters(EvictionPolicy):
         q_len = attended.query.shape[2]
         fading = self.method.decay if self.method.norm == "ema" else 1.0
         scored = q_len if self.method.window is None else min(q_len, self.method.window)
-        add_mass(layer, attended, scored, decay=fading**q_len, discount=fading)
+        add_mass(layer, attended, scored, fading=fading)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class H2O(KVEviction, name="h2o", slots=("kv_eviction",)):
         recent: Share of the budget, in [0, 1), for the newest tokens.
         norm: How the attention of many queries becomes one score.
         decay: Factor per query with `norm="ema"`, in (0, 1).
-        score_queries: `"all"`, or `"last:W"` for the last W queries of a prompt.
+        score_queries: `"all"`, or `"last:W"` for the last W queries of a forward.
 
     The remaining fields are those of `Window`.
 
@@ -121,7 +121,7 @@ class H2O(KVEviction, name="h2o", slots=("kv_eviction",)):
 
     @property
     def window(self) -> int | None:
-        """Queries of a prompt that count; None for all."""
+        """Queries of a forward that count; None for all."""
         if self.score_queries == "all":
             return None
         kind, _, number = str(self.score_queries).partition(":")

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from patchkit.attention.eviction import Budget, EvictionPolicy, apply_method
 from patchkit.attention.snapkv import SnapKV, WindowVotes
@@ -51,8 +51,9 @@ class PyramidVotes(WindowVotes):
 
     def share(self, tokens: Any) -> Any:
         """Scale what the average layer keeps beside sinks and window."""
-        protected = self.num_sink_tokens + self.window
-        return protected + (tokens - protected) * self.slope
+        beside = tokens - (self.num_sink_tokens + self.window)
+        beside = beside.clamp_min(0) if isinstance(beside, Tensor) else max(beside, 0)
+        return tokens + beside * (self.slope - 1)
 
 
 @dataclass(frozen=True)

@@ -44,27 +44,47 @@ def add_mass(
     num_queries: int,
     *,
     weight: float = 1.0,
-    decay: float = 0.0,
-    discount: float = 1.0,
+    fading: float = 1.0,
 ) -> None:
-    """Add the attention that every slot got from the newest queries to `layer.score`.
+    """Add the attention of the newest queries of a pass to `layer.score`.
 
-    `score = decay * score + weight * sum_i discount^(num_queries - 1 - i) * p_i`, where `p_i` is
-    the attention weight of query i, summed over the query heads of a group.
+    Every token of the pass, T of them without padding, lets what came before it fade: `score =
+    fading^T * score + weight * sum_i fading^(tokens behind i) * p_i`, where `p_i` is the attention
+    weight of query i, summed over the query heads of a group.
     """
+    lse = denominators(layer, attended, num_queries) - math.log(weight)
+    q_len = attended.query.shape[2]
+    decay = fading**q_len
+    if fading != 1 and q_len > 1:  # a factor on the weights is a shift of the denominators
+        behind = layer.behind
+        if behind is None:
+            behind = torch.arange(q_len - 1, -1, -1, device=lse.device).expand(len(lse), -1)
+        else:
+            layer.scores.mul_(fading ** layer.count_valid()[..., None])
+            decay = 1.0
+        lse = lse - behind[:, None, -num_queries:] * math.log(fading)
+    _add(layer, attended, lse, decay)
+
+
+def replace_by_mean(layer: StoreLayer, attended: Attended, num_queries: int) -> None:
+    """Set `layer.score` to the mean attention of the newest queries, padding left out."""
     lse = denominators(layer, attended, num_queries)
-    if weight != 1:  # a factor on the weights is a shift of the denominators
-        lse = lse - math.log(weight)
-    if discount != 1 and num_queries > 1:
-        age = torch.arange(num_queries - 1, -1, -1, device=lse.device)
-        lse = lse - age * math.log(discount)
+    _add(layer, attended, lse + _voters(lse)[..., None, None].log(), decay=0.0)
+
+
+def _voters(lse: Tensor) -> Tensor:
+    """Count the queries that are no padding, `[B]`."""
+    return (lse[:, 0] > -torch.inf).sum(-1).clamp_min(1)
+
+
+def _add(layer: StoreLayer, attended: Attended, lse: Tensor, decay: float) -> None:
     shared = attended.keys.shape[1] == layer.length.shape[1]
     score = layer.scores if shared else _per_key_head(layer, attended)
     layer.backend.run(
         "attention",
         "attention_mass",
         layer.device,
-        attended.query[:, :, -num_queries:],
+        attended.query[:, :, -lse.shape[2] :],
         *_slots(layer, attended),
         lse,
         score,
@@ -72,10 +92,15 @@ def add_mass(
         num_new=layer.newest,
         **attended.masking,
     )
-    if not shared:
-        held = layer.scores[:, :, : score.shape[2]]
-        mass = score.unflatten(1, (held.shape[1], -1)).sum(2)
-        held.copy_(mass if decay == 0 else mass + decay * torch.where(is_old(layer), held, 0))
+    if shared:
+        return
+    width = score.shape[2]
+    held, position = layer.scores[:, :, :width], layer.position[:, :, :width]
+    mass = score.unflatten(1, (held.shape[1], -1)).sum(2)
+    if decay != 0:
+        old = position < (layer.seen - layer.newest)[..., None]
+        mass = mass + decay * torch.where(old, held, 0)
+    held.copy_(mass)
 
 
 def window_statistics(
@@ -101,8 +126,7 @@ def window_statistics(
         variance,
         **attended.masking,
     )
-    queries = (lse[:, :1] > -torch.inf).sum(-1).clamp_min(1)  # [B, 1]
-    mean = mass / queries[..., None]
+    mean = mass / _voters(lse)[:, None, None]
     groups = (layer.length.shape[1], -1)
     mean, variance = (x.unflatten(1, groups).sum(2) for x in (mean, variance))
     return mean, variance, entropy.unflatten(1, groups).sum(2)
@@ -123,12 +147,6 @@ def pool(layer: StoreLayer, score: Tensor, width: int) -> Tensor:
     order = position.masked_fill(~live, torch.iinfo(torch.int32).max).argsort(-1)
     pooled = F.avg_pool1d(score.gather(2, order), width, stride=1, padding=width // 2)
     return torch.zeros_like(score).scatter_(2, order, pooled)
-
-
-def is_old(layer: StoreLayer) -> Tensor:
-    """Say which slots hold tokens of earlier forward passes, `[B, H_kv, filled]`."""
-    position = layer.position[:, :, : layer.filled]
-    return position < (layer.seen - layer.newest)[..., None]
 
 
 def _live(layer: StoreLayer, capacity: int) -> Tensor:

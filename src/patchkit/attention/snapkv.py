@@ -49,7 +49,7 @@ from patchkit.attention.eviction import (
     KVEviction,
     apply_method,
 )
-from patchkit.attention.scoring import add_mass, pool
+from patchkit.attention.scoring import add_mass, pool, replace_by_mean
 from patchkit.attention.store_layer import StoreLayer
 
 
@@ -75,11 +75,10 @@ class WindowVotes(EvictionPolicy):
         q_len = attended.query.shape[2]
         if q_len < self.window and q_len < layer.columns:
             fading = 1 - 1 / self.window
-            decay = fading**q_len
-            add_mass(layer, attended, q_len, weight=1 - fading, decay=decay, discount=fading)
+            add_mass(layer, attended, q_len, weight=1 - fading, fading=fading)
             return
         voters = min(q_len, self.window)
-        add_mass(layer, attended, voters, weight=1 / voters)
+        replace_by_mean(layer, attended, voters)
         layer.scores.copy_(pool(layer, layer.scores, self.kernel_size))
 
 
@@ -103,8 +102,8 @@ class SnapKV(KVEviction, name="snapkv", slots=("kv_eviction",)):
     _protected: ClassVar[str] = "num_sink_tokens + window"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be >= 1, got {self.window}")
+        if self.window < 2:
+            raise ValueError(f"window must be >= 2, got {self.window}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
         super().__post_init__()

@@ -9,7 +9,7 @@ mix up are kept apart:
   position ids and input slicing depend on.
 - *length* `[B, H_kv]`: live slots. Padding is never stored, so rows of a left-padded batch have
   different lengths, and an eviction policy may give every layer and head its own.
-- *capacity*: slots allocated, a multiple of 256 tokens.
+- *capacity*: slots allocated, a multiple of 256 tokens, or of 16 where a budget bounds them.
 
 `position [B, H_kv, capacity]` is the column of the token in each slot and -1 where a slot is
 empty. Attention masks are derived from it, never from the order of the slots.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from patchkit.attention.store_layer import ForwardPass, StoreLayer
-from patchkit.errors import CacheError
+from patchkit.errors import CacheError, UnsupportedGenerationError
 from patchkit.families import unwrap
 from patchkit.method import Method
 
@@ -80,15 +80,17 @@ class KVStore(Cache):
         self.eviction: Method | None = patch.active().get("kv_eviction")
         self._owner = weakref.ref(patch.family.decoder)
         self._forward = ForwardPass()
-        template = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+        kinds = patch.family.layers
         policies = self.eviction and self.eviction.eviction_policies(patch.family)
-        layers: list[Any] = []
-        for index, (kind, fallback) in enumerate(zip(patch.family.layers, template, strict=False)):
-            if not kind.storable:
-                layers.append(fallback)
-                continue
-            policy = policies[index] if policies else None
-            layers.append(StoreLayer(self._forward, patch.backend, policy, kind.sliding_window))
+        layers: list[Any] = [
+            StoreLayer(self._forward, patch.backend, policy, kind.sliding_window)
+            for kind, policy in zip(kinds, policies or [None] * len(kinds), strict=True)
+        ]
+        if not all(kind.storable for kind in kinds):
+            template = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+            for index, kind in enumerate(kinds):
+                if not kind.storable:
+                    layers[index] = template[index]
         super().__init__(layers=layers)
 
     @property
@@ -132,12 +134,15 @@ class KVStore(Cache):
         """Write the store to a safetensors file; only live slots take room.
 
         Raises:
-            CacheError: some layers are transformers' own, or a forward pass did not finish.
+            CacheError: some layers are transformers' own, a forward pass did not finish, or an
+                eviction waits for `crop`.
         """
         if len(self.store_layers) < len(self.layers):
             raise CacheError("only a store whose layers are all patchkit's can be saved")
         if any(layer.newest for layer in self.store_layers):
             raise CacheError("an earlier forward pass over this KVStore did not finish")
+        if any(layer.record_past for layer in self.store_layers):
+            raise CacheError("crop() the store first: it has put an eviction off")
         tensors: dict[str, Tensor] = {}
         counters = []
         for index, layer in enumerate(self.store_layers):
@@ -149,7 +154,7 @@ class KVStore(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> KVStore:
-        """Read a store that `save` wrote, onto the device of a model.
+        """Read a store that `save` wrote, onto the devices of a model's layers.
 
         Args:
             path: The file.
@@ -161,8 +166,7 @@ class KVStore(Cache):
         """
         store = cls(model)
         family = unwrap(model).__dict__["_patchkit"].family
-        device = family.decoder.device
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             described = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if described["eviction"] != repr(store.eviction):
@@ -183,7 +187,9 @@ class KVStore(Cache):
                     f"the file holds {held['keys'].shape[1]} KV heads per layer, the model has "
                     f"{family.num_kv_heads}"
                 )
-            layer.load_state(held, host)
+            module = family.attention[family.layers[index].name]
+            device = next(module.parameters()).device
+            layer.load_state({n: t.to(device) for n, t in held.items()}, host)
         return store
 
     # -- decoding at fixed addresses ---------------------------------------------------------
@@ -280,7 +286,9 @@ class KVStore(Cache):
 
         Raises:
             CacheError: the store belongs to another model, is in the middle of a failed forward,
-                or holds another batch size or a mask of the wrong length.
+                or holds another batch size or a mask of the wrong length, or tokens are scored and
+                padding lies behind a token of its row.
+            UnsupportedGenerationError: tokens are scored and the mask is not 2-D.
         """
         if self._owner() is not decoder:
             raise CacheError(
@@ -302,10 +310,29 @@ class KVStore(Cache):
                 f"expected an attention mask over all {columns + new_tokens} columns ({columns} in "
                 f"the store, {new_tokens} new), got {mask.shape[1]}"
             )
+        scored = any(layer.policy and layer.policy.scored for layer in self.store_layers)
+        if scored and mask is not None and not two_dimensional:
+            raise UnsupportedGenerationError(
+                "tokens are scored by causal attention; a 4-D attention mask needs kv_eviction=None"
+            )
         valid = mask[:, columns : columns + new_tokens] if two_dimensional else None
         if valid is not None and _holds_no_padding(valid):
             valid = None
+        if scored and valid is not None and new_tokens > 1:
+            self._refuse_holes(valid.bool())
         self._forward.begin(valid)
+
+    def _refuse_holes(self, valid: Tensor) -> None:
+        """Refuse padding behind a token of its row: recency and means are counted in columns."""
+        ascending = (valid[:, 1:] | ~valid[:, :-1]).all()
+        begun = [layer.length for layer in self.store_layers if layer.is_initialized]
+        if begun:
+            ascending &= (valid[:, 0] | (begun[0][:, 0] == 0).to(valid.device)).all()
+        if not ascending:
+            raise CacheError(
+                f"{self.eviction} scores tokens, which needs padding in front of a row's first "
+                "token only, got some behind it; pad on the left, and later turns not at all"
+            )
 
 
 def _holds_no_padding(mask: Tensor) -> bool:

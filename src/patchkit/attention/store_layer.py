@@ -151,12 +151,12 @@ class StoreLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         if torch.is_autocast_enabled(self.device.type):  # RoPE leaves it for float32
             self.dtype = torch.get_autocast_dtype(self.device.type)
-        self.is_initialized = True
         if not self._spare_suits(key_states.shape, value_states.shape):
             self._spare = None
         if self._spare is not None and self.policy is None:
             self._hold(self._spare)
             self.capacity, self._spare = self.keys.shape[2], None
+            self.is_initialized = True
             return
         slots = {"dtype": self.dtype, "device": self.device}
         counters = {"dtype": torch.int32, "device": self.device}
@@ -173,6 +173,7 @@ class StoreLayer(CacheLayerMixin):
                 self.length, self.seen = self._spare["length"], self._spare["seen"]
             if self.policy is not None:
                 self.policy.allocate(self)
+        self.is_initialized = True
 
     def _spare_suits(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
         """Say whether `restart` has kept tensors for this batch size, dtype and device."""
@@ -275,7 +276,10 @@ class StoreLayer(CacheLayerMixin):
         needed = self.filled + new_tokens
         if needed <= self.capacity:
             return
-        slots = self._empty_slots(_bucket(needed))
+        capacity = _bucket(needed)
+        if self.policy is not None and needed <= self.policy.highest + 1:
+            capacity = min(capacity, _bucket(self.policy.highest + 1, BOUND))
+        slots = self._empty_slots(capacity)
         for name, tensor in self._slots().items():
             slots[name][:, :, : self.filled] = tensor[:, :, : self.filled]
         self._hold(slots)
@@ -343,11 +347,11 @@ class StoreLayer(CacheLayerMixin):
             valid,
             start=None if self.ragged or self._per_head else self.filled,
         )
+        if self.policy is not None and (new_tokens > 1 or self.columns == 0):
+            self.policy.count(new_tokens, valid)
         self.columns += new_tokens
         self.filled += new_tokens
         self.rollback += new_tokens
-        if new_tokens > 1 and self.policy is not None:
-            self.policy.count(new_tokens, valid)
         self._open = new_tokens
         shown = self.capacity if self._forward.recording else self.filled
         return self.keys[:, :, :shown], self.values[:, :, :shown]
@@ -368,6 +372,12 @@ class StoreLayer(CacheLayerMixin):
         """`[B, T]` bool, True for the padding among the tokens of this pass; None for none."""
         valid = self._forward.valid_on(self.device)
         return None if valid is None else ~valid
+
+    def count_valid(self) -> Tensor:
+        """Count the tokens of this pass that are no padding, `[B, 1]`; for a pass with padding."""
+        valid = self._forward.valid_on(self.device)
+        assert valid is not None
+        return valid.sum(-1, keepdim=True)
 
     @property
     def horizon(self) -> int:

@@ -42,7 +42,7 @@ from patchkit.attention.eviction import (
     KVEviction,
     apply_method,
 )
-from patchkit.attention.scoring import add_mass
+from patchkit.attention.scoring import replace_by_mean
 from patchkit.attention.store_layer import StoreLayer
 
 
@@ -65,7 +65,7 @@ class NewestQuery(EvictionPolicy):
 
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Replace the scores by the weights of the last query, averaged over the heads."""
-        add_mass(layer, attended, 1)
+        replace_by_mean(layer, attended, 1)
         layer.scores.copy_(layer.scores.mean(1, keepdim=True).expand_as(layer.scores))
 
 

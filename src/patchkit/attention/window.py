@@ -14,6 +14,7 @@ Options
         (float in (0, 1]: 0.25 keeps a quarter); or one budget per layer, each an int or one int per
         KV head.
     num_sink_tokens: tokens at the start of each row that are never dropped (default 4).
+    budget_bytes: bound on the bytes of the whole store instead of `budget`.
 
 Exactness
     Approximate; exact while nothing has been dropped. Keys keep the rotation of their true
