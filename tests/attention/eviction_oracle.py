@@ -26,7 +26,7 @@ class Tokens:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    arrived: int = 0  # in forwards of more than one token
+    arrived: int = 0  # in the first forward and others of more than one token
 
     def keep(self, chosen: set[int]) -> None:
         """Drop every token whose column is not chosen."""
@@ -95,7 +95,7 @@ class EvictionOracle:
                     tokens.keys.append(key[b, h, t])
                     tokens.values.append(value[b, h, t])
                     tokens.scores.append(0.0)
-                tokens.arrived += len(steps) if size > 1 else 0
+                tokens.arrived += len(steps) if size > 1 or self.seen == size else 0
                 if not steps:
                     continue
                 mine = slice(h * groups, (h + 1) * groups)
@@ -236,7 +236,7 @@ def cake_rule(budget, sinks=4, window=32, width=5, gamma=200.0, tau1=1.0, tau2=1
                 for state in layer[b]:
                     if size == 1:
                         state.tokens.scores = state.weights[:, 0].sum(0).tolist()
-                    most = budgets[depth, b]
+                    most = budgets.get((depth, b), budget_of(budget, state.tokens, sinks))
                     drop(state, most, sinks, window, lambda i, s=state: s.tokens.scores[i])
 
     def _divide(layers: list[list[Pass]]) -> list[int]:

@@ -35,7 +35,7 @@ def generated(model, new_tokens=24, **kwargs):
 
 
 def second_turn(model, first, mask, **kwargs):
-    turn = torch.randint(1, VOCAB, (len(mask), 6), generator=torch.Generator().manual_seed(3))
+    turn = torch.randint(1, VOCAB, (len(mask), 6), generator=torch.Generator().manual_seed(4))
     ids = torch.cat([first.sequences, turn], dim=1)
     mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
     past = first.past_key_values

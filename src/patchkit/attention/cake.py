@@ -48,6 +48,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -297,7 +298,7 @@ def calibrate(
     return min(candidates, key=loss)
 
 
-def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn.Module:
+def patch(model: nn.Module, budget: int | float = 1024, **options: Any) -> nn.Module:
     """Bound the KV cache of `model` to one budget that its layers divide among themselves.
 
     Args:
@@ -312,4 +313,4 @@ def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn
         ValueError: a setting is out of range.
         PatchkitError: the model cannot be patched; see `patchkit.apply`.
     """
-    return apply_method(model, CAKE(budget=budget, **options))  # type: ignore[arg-type]
+    return apply_method(model, CAKE(budget=budget, **options))

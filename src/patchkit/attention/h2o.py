@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -134,7 +134,7 @@ class H2O(KVEviction, name="h2o", slots=("kv_eviction",)):
         return [HeavyHitters(self, budget, most_bytes) for budget in budgets]
 
 
-def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn.Module:
+def patch(model: nn.Module, budget: int | float = 1024, **options: Any) -> nn.Module:
     """Bound the KV cache of `model` to heavy hitters and recent tokens until `patchkit.restore`.
 
     Args:
@@ -149,4 +149,4 @@ def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn
         ValueError: a setting is out of range.
         PatchkitError: the model cannot be patched; see `patchkit.apply`.
     """
-    return apply_method(model, H2O(budget=budget, **options))  # type: ignore[arg-type]
+    return apply_method(model, H2O(budget=budget, **options))

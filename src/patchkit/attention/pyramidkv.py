@@ -92,7 +92,7 @@ class PyramidKV(SnapKV, name="pyramidkv", slots=("kv_eviction",)):
         ]
 
 
-def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn.Module:
+def patch(model: nn.Module, budget: int | float = 1024, **options: Any) -> nn.Module:
     """Bound the KV cache of `model` by a pyramid of budgets.
 
     Args:
@@ -107,4 +107,4 @@ def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn
         ValueError: a setting is out of range.
         PatchkitError: the model cannot be patched; see `patchkit.apply`.
     """
-    return apply_method(model, PyramidKV(budget=budget, **options))  # type: ignore[arg-type]
+    return apply_method(model, PyramidKV(budget=budget, **options))

@@ -39,20 +39,15 @@ def denominators(layer: StoreLayer, attended: Attended, num_queries: int) -> Ten
 
 
 def add_mass(
-    layer: StoreLayer,
-    attended: Attended,
-    num_queries: int,
-    *,
-    weight: float = 1.0,
-    fading: float = 1.0,
+    layer: StoreLayer, attended: Attended, num_queries: int, *, fading: float = 1.0
 ) -> None:
     """Add the attention of the newest queries of a pass to `layer.score`.
 
     Every token of the pass, T of them without padding, lets what came before it fade: `score =
-    fading^T * score + weight * sum_i fading^(tokens behind i) * p_i`, where `p_i` is the attention
-    weight of query i, summed over the query heads of a group.
+    fading^T * score + sum_i fading^(tokens behind i) * p_i`, where `p_i` is the attention weight of
+    query i, summed over the query heads of a group.
     """
-    lse = denominators(layer, attended, num_queries) - math.log(weight)
+    lse = denominators(layer, attended, num_queries)
     q_len = attended.query.shape[2]
     decay = fading**q_len
     if fading != 1 and q_len > 1:  # a factor on the weights is a shift of the denominators
@@ -66,10 +61,19 @@ def add_mass(
     _add(layer, attended, lse, decay)
 
 
-def replace_by_mean(layer: StoreLayer, attended: Attended, num_queries: int) -> None:
-    """Set `layer.score` to the mean attention of the newest queries, padding left out."""
+def replace_by_mean(
+    layer: StoreLayer, attended: Attended, num_queries: int, scale: float = 1.0
+) -> None:
+    """Set `layer.score` to `scale` times the mean attention of the newest queries.
+
+    As in `add_mass`, over the queries that are no padding.
+    """
     lse = denominators(layer, attended, num_queries)
-    _add(layer, attended, lse + _voters(lse)[..., None, None].log(), decay=0.0)
+    if layer.padding is not None:
+        lse = lse + _voters(lse)[..., None, None].log() - math.log(scale)
+    elif scale != num_queries:  # else the sum is what is wanted, and a step costs no launch
+        lse = lse + math.log(num_queries / scale)
+    _add(layer, attended, lse, decay=0.0)
 
 
 def _voters(lse: Tensor) -> Tensor:

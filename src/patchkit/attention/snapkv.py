@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,13 +72,12 @@ class WindowVotes(EvictionPolicy):
 
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Average over the last queries, or carry the average on by the few that came."""
+        # Scores are `window` times the averages.
         q_len = attended.query.shape[2]
         if q_len < self.window and q_len < layer.columns:
-            fading = 1 - 1 / self.window
-            add_mass(layer, attended, q_len, weight=1 - fading, fading=fading)
+            add_mass(layer, attended, q_len, fading=1 - 1 / self.window)
             return
-        voters = min(q_len, self.window)
-        replace_by_mean(layer, attended, voters)
+        replace_by_mean(layer, attended, min(q_len, self.window), scale=self.window)
         layer.scores.copy_(pool(layer, layer.scores, self.kernel_size))
 
 
@@ -118,7 +117,7 @@ class SnapKV(KVEviction, name="snapkv", slots=("kv_eviction",)):
         return [WindowVotes(self, budget, most_bytes) for budget in budgets]
 
 
-def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn.Module:
+def patch(model: nn.Module, budget: int | float = 1024, **options: Any) -> nn.Module:
     """Bound the KV cache of `model` to what the last queries attend to.
 
     Args:
@@ -133,4 +132,4 @@ def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn
         ValueError: a setting is out of range.
         PatchkitError: the model cannot be patched; see `patchkit.apply`.
     """
-    return apply_method(model, SnapKV(budget=budget, **options))  # type: ignore[arg-type]
+    return apply_method(model, SnapKV(budget=budget, **options))

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ class TOVA(KVEviction, name="tova", slots=("kv_eviction",)):
         return [NewestQuery(budget, self.num_sink_tokens, most_bytes) for budget in budgets]
 
 
-def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn.Module:
+def patch(model: nn.Module, budget: int | float = 1024, **options: Any) -> nn.Module:
     """Bound the KV cache of `model` to what the newest query attends to.
 
     Args:
@@ -109,4 +110,4 @@ def patch(model: nn.Module, budget: int | float = 1024, **options: object) -> nn
         ValueError: a setting is out of range.
         PatchkitError: the model cannot be patched; see `patchkit.apply`.
     """
-    return apply_method(model, TOVA(budget=budget, **options))  # type: ignore[arg-type]
+    return apply_method(model, TOVA(budget=budget, **options))
