@@ -13,7 +13,10 @@ from patchkit.testing import left_padded_batch, tiny_model
 
 from ..attention.test_eviction import CASES, VOCAB, build, feed, positions, stream
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 7])
