@@ -80,14 +80,15 @@ class KVStore(Cache):
         self.eviction: Method | None = patch.active().get("kv_eviction")
         self._owner = weakref.ref(patch.family.decoder)
         self._forward = ForwardPass()
-        kinds = patch.family.layers
+        config = inner.config.get_text_config(decoder=True)
+        kinds = patch.family.layers[: config.num_hidden_layers]  # fewer in an early exit
         policies = self.eviction and self.eviction.eviction_policies(patch.family)
         layers: list[Any] = [
             StoreLayer(self._forward, patch.backend, policy, kind.sliding_window)
-            for kind, policy in zip(kinds, policies or [None] * len(kinds), strict=True)
+            for kind, policy in zip(kinds, policies or [None] * len(kinds), strict=False)
         ]
         if not all(kind.storable for kind in kinds):
-            template = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+            template = DynamicCache(config=config).layers
             for index, kind in enumerate(kinds):
                 if not kind.storable:
                     layers[index] = template[index]

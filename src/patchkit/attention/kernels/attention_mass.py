@@ -20,7 +20,7 @@ from patchkit.attention.reference import check_arguments
 
 __all__ = ["attention_mass"]
 
-_TARGET_PROGRAMS = 4 * 132  # those of old slots run longest, so one round would end unevenly
+_TARGET_PROGRAMS = 132
 _FAR = tl.constexpr(2**30)  # behind every column
 # BLOCK_N, BLOCK_M, pipeline depth
 _TILES = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 64, 1), (32, 32, 1), (16, 16, 1))
@@ -166,8 +166,10 @@ def _blocks(
     tile_q = min(block_m, q_pow2)
     heads = block_m // tile_q
     num_tiles = triton.cdiv(groups, heads) * triton.cdiv(q_len, tile_q)
-    least = min(block_n, 64) if num_tiles > 1 else 16
-    while block_n > least and num_lists * triton.cdiv(capacity, block_n) < _TARGET_PROGRAMS:
+    # Where programs of old slots run longest, one round would end unevenly.
+    least, rounds = (min(block_n, 64), 4) if num_tiles > 1 else (16, 1)
+    target = rounds * _TARGET_PROGRAMS
+    while block_n > least and num_lists * triton.cdiv(capacity, block_n) < target:
         block_n //= 2
     blocks = {"BLOCK_N": block_n, "TILE_Q": tile_q, "HEADS": heads}
     many = element_size == 4 and block_n * block_m > 512
