@@ -194,8 +194,12 @@ def _score_inputs(
 
 
 def _set_blocks(case: ScoreCase, module: types.ModuleType, monkeypatch: Any) -> None:
-    if case.blocks is not None:
-        monkeypatch.setattr(module, "_blocks", lambda *_: case.blocks)
+    if case.blocks is None:
+        return
+    monkeypatch.setattr(module, "_blocks", lambda *_: case.blocks)
+    if module is attention_mass:
+        window = None if "TILE_Q" in case.blocks else case.blocks
+        monkeypatch.setattr(module, "_window_blocks", lambda *_: window)
 
 
 def check_attention_lse(case: ScoreCase, dtype: torch.dtype, device: str, monkeypatch: Any) -> None:

@@ -59,6 +59,7 @@ LSE = [
 ]
 
 _SMALL = {"BLOCK_N": 16, "HEADS": 1, "TILE_Q": 16}
+_WINDOW = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
 MASS = [
     ScoreCase(groups=1, q_len=1, stored=150),
     ScoreCase(groups=7, q_len=1, decay=0.5, sliding_window=30),
@@ -72,6 +73,10 @@ MASS = [
     ScoreCase(groups=3, q_len=16, softcap=3.0, blocks=_SMALL | {"HEADS": 2, "BLOCK_N": 32}),
     ScoreCase(groups=4, q_len=8, decay=0.25, blocks=_SMALL | {"HEADS": 2, "TILE_Q": 8}),
     ScoreCase(num_kv_heads=3, groups=1, q_len=20, shared_positions=True, blocks=_SMALL),
+    ScoreCase(groups=3, q_len=17, stored=90, decay=0.5, blocks=_WINDOW),
+    ScoreCase(groups=4, q_len=16, stored=200, padding="left", sinks=True, blocks=_WINDOW),
+    ScoreCase(groups=7, q_len=9, stored=40, padding="random", sliding_window=20, blocks=_WINDOW),
+    ScoreCase(groups=1, q_len=33, stored=0, head_dim=24, softcap=3.0, blocks=_WINDOW),
 ]
 
 WINDOW = [

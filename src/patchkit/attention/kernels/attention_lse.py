@@ -46,6 +46,23 @@ def sees(position, column, sliding_window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
+def first_masked_tile(length, q_len, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Tiles before this one hold only slots older than all queries, which are the last live ones.
+    if HAS_WINDOW:
+        return 0
+    else:
+        return tl.maximum(length - q_len, 0) // BLOCK_N
+
+
+@triton.jit
+def _add_tile(top, weight_sum, logits):
+    new_top = tl.maximum(top, tl.max(logits, axis=1))
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(logits - finite_top[:, None])  # [BLOCK_M, BLOCK_N]
+    return new_top, weight_sum * tl.exp2(top - finite_top) + tl.sum(weights, axis=1)
+
+
+@triton.jit
 def _attention_lse_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
@@ -82,24 +99,29 @@ def _attention_lse_kernel(
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for tile in range(split, tl.cdiv(length, BLOCK_N), num_splits):
+    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
+    for tile in range(split, first_masked, num_splits):
+        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        k_ptr = keys_ptr + slot[None, :] * stride_ks + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
+        k = tl.load(k_ptr) if D == BLOCK_D else tl.load(k_ptr, mask=mask_d[:, None], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        logits = log2_logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        top, weight_sum = _add_tile(top, weight_sum, logits)
+    passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
+    for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
         slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = slot < length
         position = tl.load(position_ptr + slot * stride_ps, mask=mask_n, other=-1)  # [BLOCK_N]
         if HAS_WINDOW:  # slots that no query sees any more are not read
             mask_n = mask_n & (position > newest - (q_len - 1) - sliding_window)
         k_ptr = keys_ptr + slot[None, :] * stride_ks + offs_d[:, None]
-        k = tl.load(k_ptr, mask=mask_n[None, :] & mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
+        k = tl.load(k_ptr, mask=mask_n[None, :] & mask_d[:, None], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
         logits = log2_logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         visible = sees(position[None, :], column[:, None], sliding_window, HAS_WINDOW)
-        logits = tl.where(visible, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, axis=1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(logits - finite_top[:, None])  # [BLOCK_M, BLOCK_N]
-        weight_sum = weight_sum * tl.exp2(top - finite_top) + tl.sum(weights, axis=1)
-        top = new_top
+        top, weight_sum = _add_tile(top, weight_sum, tl.where(visible, logits, float("-inf")))
 
     partial_ptr += (pid.to(tl.int64) * num_splits + split) * rows
     tl.store(partial_ptr + offs_m, log_sum(top, weight_sum), mask=offs_m < rows)
@@ -159,7 +181,8 @@ def attention_lse(
     """Return the log of the softmax denominator of every query, as `decode_attention` writes it.
 
     Query i is at column `seen[b, h] - Q + i`. It sees slot s iff `s < length` and
-    `0 <= position <= column` and, with a window, `position > column - sliding_window`.
+    `0 <= position <= column` and, with a window, `position > column - sliding_window`. The tokens
+    of the queries are the last live slots of a list.
 
     Args:
         query: `[B, H_q, Q, D]`, float32/float16/bfloat16, last stride 1. Query heads

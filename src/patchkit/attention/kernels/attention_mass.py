@@ -3,7 +3,8 @@
 FLOP floor: `2 * D` for every visible pair of a query and a slot, and query head; with few queries,
 bytes floor: `B * H_kv * live * D` elements of keys. A program owns a block of slots of one KV head
 and walks over the queries that see it, so sums stay in registers: no atomics, no partial results.
-Old slots are seen by more queries, so their blocks start first.
+Old slots are seen by more queries, so their blocks start first. Where all queries of a group are
+one tile, a program holds that tile instead and walks over blocks of slots, loading keys ahead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import shared_bytes
-from patchkit.attention.kernels.attention_lse import log2_logits, sees
+from patchkit.attention.kernels.attention_lse import first_masked_tile, log2_logits, sees
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
 from patchkit.attention.reference import check_arguments
 
@@ -145,6 +146,91 @@ def _attention_mass_kernel(
     tl.store(score_ptr + slot * stride_cs, total, mask=live)
 
 
+@triton.jit
+def _window_mass_kernel(
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr,
+    stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
+    stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
+    stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
+    num_kv_heads, rows, q_len, scale, decay, num_new, sliding_window, softcap,
+    D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # One program: all query rows of one KV head, every num_splits-th tile of its slots.
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    b = (pid // num_kv_heads).to(tl.int64)
+    h = (pid % num_kv_heads).to(tl.int64)
+    length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
+    seen = tl.load(seen_ptr + b * stride_sb + h * stride_sh)
+    keys_ptr += b * stride_kb + h * stride_kh
+    position_ptr += b * stride_pb + h * stride_ph
+    score_ptr += b * stride_cb + h * stride_ch
+
+    offs_m = tl.arange(0, BLOCK_M)
+    row = tl.minimum(offs_m, rows - 1)
+    head, i = h * (rows // q_len) + row // q_len, row % q_len
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    q_ptr = query_ptr + b * stride_qb + head * stride_qh + i * stride_qi  # [BLOCK_M]
+    q = tl.load(q_ptr[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    lse = tl.load(lse_ptr + b * stride_eb + head * stride_eh + i * stride_ei)
+    ignored = (offs_m >= rows) | (lse == float("-inf"))
+    lse = tl.where(ignored, float("inf"), lse * LOG2_E)
+    column = seen - q_len + i  # [BLOCK_M]
+
+    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
+    for tile in range(split, first_masked, num_splits):
+        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+        k = tl.load(k_ptr) if D == BLOCK_D else tl.load(k_ptr, mask=mask_d[None, :], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
+        total = tl.sum(tl.exp2(logits), axis=1)
+        if HAS_DECAY:
+            position = tl.load(position_ptr + slot * stride_ps)
+            old = position < seen - num_new
+            total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
+        tl.store(score_ptr + slot * stride_cs, total)
+    passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
+    for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
+        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        live = slot < length
+        position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)  # [BLOCK_N]
+        k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
+        k = tl.load(k_ptr, mask=live[:, None] & mask_d[None, :], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
+        visible = sees(position[:, None], column[None, :], sliding_window, HAS_WINDOW)
+        total = tl.sum(tl.exp2(tl.where(visible, logits, float("-inf"))), axis=1)
+        if HAS_DECAY:
+            old = live & (position < seen - num_new)
+            total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
+        tl.store(score_ptr + slot * stride_cs, total, mask=live)
+
+
+def _window_blocks(
+    rows: int, q_len: int, block_d: int, element_size: int, shared: int
+) -> dict[str, int] | None:
+    """Choose tiles for queries that are one tile, or None where they are not or do not fit."""
+    block_m = max(16, triton.next_power_of_2(rows))
+    if q_len == 1 or block_m > (64 if element_size == 4 else 256):
+        return None
+    for block_n, stages in ((64, 3), (64, 2), (32, 2), (16, 1)):
+        if (block_m + stages * block_n) * block_d * element_size <= shared // 2:
+            warps = 8 if block_m > 128 else 4
+            return {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": stages, "num_warps": warps
+            }  # fmt: skip
+    return None
+
+
 def _blocks(
     groups: int,
     q_len: int,
@@ -197,7 +283,8 @@ def attention_mass(
     `score = decay * score + sum of exp(logit - lse)`, over the G query heads of the KV head and the
     queries that see the slot. Query i is at column `seen[b, h] - Q + i`. It sees slot s iff
     `s < length` and `0 <= position <= column` and, with a window,
-    `position > column - sliding_window`. Queries with `lse == -inf` add nothing.
+    `position > column - sliding_window`. Queries with `lse == -inf` add nothing. The tokens of the
+    queries are the last live slots of a list.
 
     Args:
         query: `[B, H_q, Q, D]`, float32/float16/bfloat16, finite, last stride 1. Query heads
@@ -241,17 +328,34 @@ def attention_mass(
     num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     shared = shared_bytes(query.device)
-    blocks = _blocks(groups, q_len, capacity, num_lists, block_d, query.element_size(), shared)
-    num_blocks = triton.cdiv(capacity, blocks["BLOCK_N"])
+    tensors = (query, keys, position, length, seen, lse, score)
+    strides = (
+        *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
+        *seen.stride(), *lse.stride(), *score.stride(),
+    )  # fmt: skip
+    options = {
+        "D": head_dim,
+        "HAS_DECAY": decay != 0,
+        "HAS_WINDOW": sliding_window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "BLOCK_D": block_d,
+    }
+    numbers = (float(scale), float(decay), num_new, sliding_window or 0, float(softcap or 1.0))
+    window = _window_blocks(groups * q_len, q_len, block_d, query.element_size(), shared)
     with torch.cuda.device_of(query):
+        if window is not None:
+            num_tiles = triton.cdiv(capacity, window["BLOCK_N"])
+            num_splits = max(1, min(num_tiles, triton.cdiv(2 * _TARGET_PROGRAMS, num_lists)))
+            _window_mass_kernel[(num_lists, num_splits)](
+                *tensors, *strides, num_kv_heads, groups * q_len, q_len, *numbers,
+                **options, **window,
+            )  # fmt: skip
+            return
+        blocks = _blocks(groups, q_len, capacity, num_lists, block_d, query.element_size(), shared)
+        num_blocks = triton.cdiv(capacity, blocks["BLOCK_N"])
         _attention_mass_kernel[(num_blocks * num_lists,)](
-            query, keys, position, length, seen, lse, score,
-            *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
-            *seen.stride(), *lse.stride(), *score.stride(),
-            num_lists, num_kv_heads, q_len, float(scale), float(decay), num_new,
-            sliding_window or 0, float(softcap or 1.0),
-            GROUPS=groups, D=head_dim, HAS_DECAY=decay != 0, HAS_WINDOW=sliding_window is not None,
-            HAS_SOFTCAP=softcap is not None, UPCAST=INTERPRETED and dtype == torch.bfloat16,
-            PRECISION="ieee" if dtype == torch.float32 else "tf32",
-            BLOCK_D=block_d, **blocks,
+            *tensors, *strides, num_lists, num_kv_heads, q_len, *numbers,
+            GROUPS=groups, **options, **blocks,
         )  # fmt: skip
