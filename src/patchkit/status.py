@@ -120,8 +120,9 @@ class PatchReport:
             dropped = sum(count or 0 for count in self.kv_evicted)
             rows.append(("evicted", f"{dropped:,} tokens over all layers, rows and heads"))
             rows.append(("instead of", f"{self.kv_dense_bytes:,} bytes of keys and values"))
-            budgets = ", ".join("all" if b is None else str(b) for b in self.kv_budgets)
-            rows.append(("budgets", f"at most {budgets} tokens per head, by layer"))
+            budgets = ["all" if b is None else str(b) for b in self.kv_budgets]
+            by_layer = ", ".join(budgets) + " by layer" if len(set(budgets)) > 1 else budgets[0]
+            rows.append(("budgets", f"tokens per head, at most: {by_layer}"))
         rows = [row for row in rows if row[1]]
         rows.append(("in place", "no: " + ", ".join(self.displaced) if self.displaced else "yes"))
         width = max(len(name) for name, _ in rows)

@@ -546,3 +546,24 @@ def test_the_report_counts_what_went():
     assert list(report.kv_evicted) == [2 * tokens - kept for kept in held]
     assert [layer.policy.highest for layer in store.store_layers] == list(report.kv_budgets)
     assert "evicted" in str(report) and "instead of" in str(report)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "cake", "tova"])
+def test_a_chunked_prompt_is_the_same_as_its_chunks(name):
+    method, _ = CASES[name]
+    model = build()
+    batch = left_padded_batch(VOCAB, [23, 11])
+    with patchkit.patched(model, method):
+        out = model.generate(
+            **batch,
+            prefill_chunk_size=9,
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        valid = torch.nn.functional.pad(batch["attention_mask"].bool(), (0, 3), value=True)
+        fed = list(feed(model, out.sequences[:, :-1], valid, [9, 9, 5, 1, 1, 1]))
+    assert positions(out.past_key_values) == positions(fed[-1][1])
+    got = torch.stack(out.logits, 1)
+    torch.testing.assert_close(got[:, 1:], torch.cat([x for x, _ in fed[3:]], 1), **TOLERANCE)

@@ -203,7 +203,9 @@ class Preferred(EvictionPolicy):
     def take(self, layer: StoreLayer, per_row: Sequence[int], last: bool) -> None:
         """Cut the layer to a budget per row; before the last time, only if that frees memory."""
         self.lowest, self.highest = min(per_row), max(per_row)
-        self.hold(layer.length.new_tensor(per_row)[:, None].expand_as(layer.length).contiguous())
+        self.use_budget(
+            layer.length.new_tensor(per_row)[:, None].expand_as(layer.length).contiguous()
+        )
         if layer.filled > self.lowest and (last or layer.shrinks(self.highest)):
             self.evict_many(layer)
 

@@ -117,7 +117,7 @@ class EvictionPolicy:
     def allocate(self, layer: StoreLayer) -> None:
         """Make the tensors of a layer that is about to take its first chunk."""
         self._prompt_bound = 0
-        self._held("prompt_length", layer.length.new_zeros(layer.length.shape[0], 1))
+        self._set_in_place("prompt_length", layer.length.new_zeros(layer.length.shape[0], 1))
         if self.most_bytes is not None:
             self.tokens = self._tokens_of_bytes(layer)
         self.set_budget(layer)
@@ -174,15 +174,15 @@ class EvictionPolicy:
                 per_head = tuple(min(kept, self.limit) for kept in per_head)
             budget = layer.length.new_tensor(per_head)
             self.lowest, self.highest = min(per_head), max(per_head)
-        self.hold(budget.expand_as(layer.length).contiguous())
+        self.use_budget(budget.expand_as(layer.length).contiguous())
 
-    def hold(self, budget: Tensor) -> None:
-        """Take `[B, H_kv]` int32 budgets."""
+    def use_budget(self, budget: Tensor) -> None:
+        """Bound every list by `[B, H_kv]` int32 and derive what is recent."""
         most = (budget - self.num_sink_tokens).clamp_min(0)
-        self._held("budget", budget)
-        self._held("recent", self.num_recent(budget).to(torch.int32).minimum(most))
+        self._set_in_place("budget", budget)
+        self._set_in_place("recent", self.num_recent(budget).to(torch.int32).minimum(most))
 
-    def _held(self, name: str, value: Tensor) -> None:
+    def _set_in_place(self, name: str, value: Tensor) -> None:
         """Set a tensor, in place where there is one: recorded steps know its address."""
         before = getattr(self, name, None)
         if before is None or before.shape != value.shape or before.device != value.device:
