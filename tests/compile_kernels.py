@@ -109,8 +109,10 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
             attention_lse(last, *listed, scale=0.1, **options)
         if queries in (16, 64):
             window_statistics(last, *listed, last_lse, score, score, scale=0.1, **options)
-    attention_mass(chunk, *listed, lse, score, scale=0.1, decay=0.5)
-    attention_lse(last, *listed, scale=0.1, sinks=sinks)
+    for queries in (32, 300):
+        last, last_lse = chunk[:, :, -queries:], lse[:, :, -queries:]
+        attention_mass(last, *listed, last_lse, score, scale=0.1, decay=0.5)
+    attention_lse(chunk[:, :, -64:], *listed, scale=0.1, sinks=sinks)
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
     compact(keys, values, position, keep, length, *out, position[:, :, :256].contiguous())
