@@ -221,16 +221,22 @@ def snapkv_rule(budget, sinks=4, window=32, width=5, share: Callable | None = No
 
 
 def cake_rule(budget, sinks=4, window=32, width=5, gamma=200.0, tau1=1.0, tau2=1.0) -> Rule:
-    """Divide by preferences after the whole forward; see `CAKE`."""
+    """Divide by preferences after the whole forward that fills the budget; see `CAKE`."""
     budgets: dict[tuple[int, int], int] = {}
 
     def rule(passes) -> None:
         size = passes[0][0][0].size
         rows = range(len(passes[0]))
+        if passes[0][0][0].seen == size:
+            budgets.clear()
         if size > 1:
+            again = isinstance(budget, float) or not budgets
+            full = isinstance(budget, float) or passes[0][0][0].seen > budget
             for b in rows:
-                for depth, most in enumerate(_divide([layer[b] for layer in passes])):
-                    budgets[depth, b] = most
+                divided = _divide([layer[b] for layer in passes])  # which also scores
+                for depth, most in enumerate(divided):
+                    if again and full:
+                        budgets[depth, b] = most
         for depth, layer in enumerate(passes):
             for b in rows:
                 for state in layer[b]:

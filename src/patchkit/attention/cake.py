@@ -12,7 +12,9 @@ Method
     the mean of its weights plus `gamma` times their variance, smoothed over `kernel_size`
     neighbours. Preferences of later layers only take away from earlier ones, so layers are cut
     while the prompt is still passing through the model (cascading), and what is kept equals a cut
-    at the end. While decoding the attention of the newest query ranks the tokens.
+    at the end. Layers keep their shares from then on; only a budget that is a fraction of the
+    prompt is divided anew as the prompt grows. While decoding the attention of the newest query
+    ranks the tokens.
 
 Options
     budget: tokens kept per KV head in the average layer, window and sinks included (int), or kept
@@ -77,6 +79,7 @@ class Cascade:
         self._closed: list[tuple[Preferred, weakref.ref[StoreLayer], Tensor]] = []
         self._waiting = 0
         self._crowded = False
+        self.divided = False  # for good: what a layer has lost, a larger share does not bring back
 
     def close(self, policy: Preferred, layer: StoreLayer) -> None:
         """Take note that a layer has attended to a chunk, and cut layers where it is time."""
@@ -92,6 +95,7 @@ class Cascade:
         if self._crowded and (last or self._waiting >= self.method.dense_layers):
             self._cut(last)
             self._waiting = 0
+            self.divided = last and not isinstance(policy.tokens, float)
 
     def _cut(self, last: bool) -> None:
         """Divide the budget by the preferences so far; the only read of device values."""
@@ -169,6 +173,25 @@ class Preferred(EvictionPolicy):
         self.method, self.cascade = method, cascade
         cascade.policies.append(self)
 
+    def allocate(self, layer: StoreLayer) -> None:
+        """Make the tensors of a layer that is about to take its first chunk."""
+        self.cascade.divided = False
+        super().allocate(layer)
+
+    def set_budget(self, layer: StoreLayer) -> None:
+        """Set what an average layer keeps, until the budget has been divided."""
+        if not self.cascade.divided:
+            super().set_budget(layer)
+
+    def counters(self) -> dict[str, Any]:
+        """Return what the host knows of the budget."""
+        return super().counters() | {"divided": self.cascade.divided}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Take over what `counters` returned, through JSON or not."""
+        self.cascade.divided = counters.pop("divided")
+        super().load_counters(counters)
+
     def num_recent(self, budget: Tensor) -> Tensor:
         """Protect the window."""
         return budget.new_full(budget.shape, self.method.window)
@@ -194,8 +217,8 @@ class Preferred(EvictionPolicy):
         self.preference = spread.log() / method.tau1 + shift.log() / method.tau2
 
     def commit(self, layer: StoreLayer, new_tokens: int) -> None:
-        """Evict by one in a step; leave a chunk to the cascade."""
-        if new_tokens > 1 and not layer.record_past:
+        """Leave a chunk to the cascade until the budget has been divided."""
+        if new_tokens > 1 and not layer.record_past and not self.cascade.divided:
             self.cascade.close(self, layer)
         else:
             super().commit(layer, new_tokens)
