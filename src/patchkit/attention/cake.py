@@ -86,8 +86,8 @@ class Cascade:
         if policy is self.policies[0]:
             self._closed, self._waiting, self._crowded = [], 0, False
         policy.set_budget(layer)  # what an average layer keeps
-        first = (policy.preference, layer.length[:, 0], policy.budget[:, 0], policy.recent[:, 0])
-        facts = torch.stack([fact.double() for fact in first])
+        lists = (layer.length, policy.budget, policy.recent)  # alike for all heads of a row
+        facts = torch.stack([policy.preference.double(), *(x[:, 0].double() for x in lists)])
         self._closed.append((policy, weakref.ref(layer), facts))
         self._waiting += 1
         self._crowded |= layer.filled > policy.lowest

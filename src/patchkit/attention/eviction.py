@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from patchkit.compat import ordinary_tensors
-from patchkit.errors import CacheError
+from patchkit.errors import CacheError, UnsupportedGenerationError
 from patchkit.method import Method
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ class Attended:
     lse: Tensor | None
     masking: dict[str, Any]
     sinks: Tensor | None
+
+
+def refuse_custom_mask() -> NoReturn:
+    """Say that tokens are scored by causal attention only."""
+    raise UnsupportedGenerationError(
+        "tokens are scored by causal attention; a 4-D attention mask needs kv_eviction=None"
+    )
 
 
 class EvictionPolicy:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from patchkit.attention.dense import dense_attention, prefers_torch
-from patchkit.attention.eviction import Attended
+from patchkit.attention.eviction import Attended, refuse_custom_mask
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.compat import CACHE_KEYWORD, find_cache
@@ -189,9 +189,7 @@ def _attend_store(
     causal = layer.unmasked(q_len) == "causal"
     custom = attention_mask is not None and attention_mask.ndim == 4
     if custom and policy is not None and policy.scored:
-        raise UnsupportedGenerationError(
-            "tokens are scored by causal attention; a 4-D attention mask needs kv_eviction=None"
-        )
+        refuse_custom_mask()  # the model's own; `KVStore.begin` has refused the caller's
     lse, visible = None, None
     needs_lse = policy is not None and policy.needs_lse(q_len)
     if custom:
@@ -225,7 +223,7 @@ def _attend_store(
     if policy is not None and policy.scored:
         masking = {name: options[name] for name in ("scale", "softcap")}
         masking["sliding_window"] = layer.sliding_window
-        layer.observe(Attended(query, keys, position, lse, masking, options["sinks"]))
+        policy.observe(layer, Attended(query, keys, position, lse, masking, options["sinks"]))
     layer.commit()
     return out
 

@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from patchkit.attention.eviction import refuse_custom_mask
 from patchkit.attention.store_layer import ForwardPass, StoreLayer
-from patchkit.errors import CacheError, UnsupportedGenerationError
+from patchkit.errors import CacheError
 from patchkit.families import unwrap
 from patchkit.method import Method
 
@@ -313,9 +314,7 @@ class KVStore(Cache):
             )
         scored = any(layer.policy and layer.policy.scored for layer in self.store_layers)
         if scored and mask is not None and not two_dimensional:
-            raise UnsupportedGenerationError(
-                "tokens are scored by causal attention; a 4-D attention mask needs kv_eviction=None"
-            )
+            refuse_custom_mask()
         valid = mask[:, columns : columns + new_tokens] if two_dimensional else None
         if valid is not None and _holds_no_padding(valid):
             valid = None

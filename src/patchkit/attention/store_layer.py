@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from patchkit.attention.eviction import Attended, EvictionPolicy
+from patchkit.attention.eviction import EvictionPolicy
 from patchkit.backends import Backend
 from patchkit.compat import ordinary_tensors
 from patchkit.errors import CacheError
@@ -422,17 +422,12 @@ class StoreLayer(CacheLayerMixin):
             visible &= position > column - self.sliding_window
         return visible | ~visible.any(-1, keepdim=True) if self.ragged else visible
 
-    def observe(self, attended: Attended) -> None:
-        """Show the eviction policy what the pass has attended."""
-        if self.policy is not None:
-            self.policy.observe(self, attended)
-
     def commit(self) -> None:
         """Close the forward pass: enforce the budget on what is stored."""
         new_tokens, self._open = self._open, 0
         if self.policy is not None:
             self.policy.commit(self, new_tokens)
-            self._spare = None  # what this prompt did not need
+            self._spare = None  # slots that this prompt did not need
 
     def shrinks(self, most: int) -> bool:
         """Say whether slots for `most` tokens per list take less memory than those there are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 
 @lru_cache(maxsize=16)
@@ -17,3 +18,16 @@ def shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 * 1024
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def per_head(num_heads: int, num_kv_heads: int, *bookkeeping: Tensor) -> tuple[Tensor, ...]:
+    """Show `[B, 1, ...]` tensors that the heads share as `[B, H_kv, ...]`, others as they are.
+
+    Raises:
+        ValueError: the query heads cannot be divided among the KV heads.
+    """
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"expected H_q to be a multiple of H_kv={num_kv_heads}, got {num_heads}")
+    return tuple(
+        t.expand(-1, num_kv_heads, *t.shape[2:]) if t.shape[1:2] == (1,) else t for t in bookkeeping
+    )

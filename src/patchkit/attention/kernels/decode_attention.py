@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import shared_bytes
+from patchkit.attention.kernels import per_head, shared_bytes
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["decode_attention"]
@@ -254,16 +254,11 @@ def decode_attention(
         out = query.new_empty(batch_size, q_len, num_heads, value_dim)
     if (indices is None) != (index_count is None):
         raise ValueError("expected both of indices and index_count or neither, got one")
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"expected H_q to be a multiple of H_kv={num_kv_heads}, got {num_heads}")
     num_lists, rows = batch_size * num_kv_heads, num_heads // num_kv_heads * q_len
     if rows > _MAX_ROWS:
         raise ValueError(f"expected at most {_MAX_ROWS} query rows (H_q / H_kv * Q), got {rows}")
     num_indices = 0 if indices is None else indices.shape[-1]
-    position, length, seen = (
-        t.expand(-1, num_kv_heads, *t.shape[2:]) if t.shape[1:2] == (1,) else t
-        for t in (position, length, seen)
-    )
+    position, length, seen = per_head(num_heads, num_kv_heads, position, length, seen)
     lists, dtype, int32 = (batch_size, num_kv_heads), query.dtype, torch.int32
     check_arguments(
         query=(query, (batch_size, num_heads, q_len, head_dim), dtype),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import shared_bytes
+from patchkit.attention.kernels import per_head, shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
 from patchkit.attention.reference import check_arguments
 
@@ -249,12 +249,7 @@ def prefill_attention(
     num_kv_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[-1]
     if out is None:
         out = query.new_empty(batch_size, q_len, num_heads, value_dim)
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"expected H_q to be a multiple of H_kv={num_kv_heads}, got {num_heads}")
-    position, length, seen = (
-        t.expand(-1, num_kv_heads, *t.shape[2:]) if t.shape[1:2] == (1,) else t
-        for t in (position, length, seen)
-    )
+    position, length, seen = per_head(num_heads, num_kv_heads, position, length, seen)
     lists, dtype, int32 = (batch_size, num_kv_heads), query.dtype, torch.int32
     check_arguments(
         query=(query, (batch_size, num_heads, q_len, head_dim), dtype),

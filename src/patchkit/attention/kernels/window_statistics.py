@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import shared_bytes
+from patchkit.attention.kernels import per_head, shared_bytes
 from patchkit.attention.kernels.attention_lse import log2_logits, sees
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2, LOG2_E
 from patchkit.attention.reference import check_arguments
@@ -191,14 +191,9 @@ def window_statistics(
     """
     batch_size, num_heads, q_len, head_dim = query.shape
     num_kv_heads, capacity = keys.shape[1], keys.shape[2]
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"expected H_q to be a multiple of H_kv={num_kv_heads}, got {num_heads}")
     if not 2 <= q_len <= _MAX_QUERIES:
         raise ValueError(f"expected 2 to {_MAX_QUERIES} queries, got {q_len}")
-    position, length, seen = (
-        t.expand(-1, num_kv_heads, *t.shape[2:]) if t.shape[1:2] == (1,) else t
-        for t in (position, length, seen)
-    )
+    position, length, seen = per_head(num_heads, num_kv_heads, position, length, seen)
     lists, dtype, int32 = (batch_size, num_kv_heads), query.dtype, torch.int32
     check_arguments(
         query=(query, (batch_size, num_heads, q_len, head_dim), dtype),
