@@ -115,7 +115,19 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     attention_lse(chunk[:, :, -64:], *listed, scale=0.1, sinks=sinks)
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
-    compact(keys, values, position, keep, length, *out, position[:, :, :256].contiguous())
+    into = (*out, position[:, :, :256].contiguous())
+    compact(keys, values, position, keep, length, *into)
+    first, scores = seen.clone(), (keys[..., 0].float(), out[0][..., 0].float())
+    for begins in ((first, None), (None, first)):
+        compact(keys, values, position, keep, length, *into, *scores, *begins)
+    step = torch.zeros(batch_size, heads * groups, 1, head_dim, dtype=dtype)
+    lse = torch.zeros(batch_size, heads * groups, 1)
+    append(*held, seen, keys[:, :, :1], values[:, :, :1], first=first)
+    decode_attention(step, *held, seen, scale=0.1, lse=lse, first=first)
+    listed = (keys, position, length, seen, lse, scores[0])
+    attention_mass(step, *listed, scale=0.1, decay=0.5, first=first)
+    recent = torch.zeros_like(seen)
+    evict_lowest(*held, budget, seen, recent, score=scores[0], num_protected=4, first=first)
     recent = torch.zeros_like(seen)
     for score, mean in itertools.product((None, keys[..., 0].float()), (False, True)):
         options = {"num_protected": 4, "mean": mean}

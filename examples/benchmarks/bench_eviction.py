@@ -18,15 +18,17 @@ import argparse
 import gc
 import importlib
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from bench_generate import call, seconds
+from bench_generate import call
 from harness import copy_rate, device_name, record, time_ms
 from models import load
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 import patchkit
 from patchkit.attention.eviction import Attended
@@ -70,6 +72,7 @@ def make_layer(
 
     def undo() -> None:
         layer._hold(slots)
+        layer.first = None
         layer.__dict__.update(counters)
         layer.policy.__dict__.update(policy)
         layer.capacity = layer.keys.shape[2]
@@ -90,7 +93,7 @@ def bench_cut(model: PreTrainedModel, lengths: list[int], budget: int, kvpress: 
         record("eviction", config, "floor", "cut", "ms", [floor])
         repeats = 5 if length > 100_000 else 20
         column_sums(model, config, length, budget, repeats)
-        for cls in (patchkit.SnapKV, patchkit.CAKE, patchkit.TOVA):
+        for cls in (patchkit.SnapKV, patchkit.AdaKV, patchkit.CAKE, patchkit.TOVA):
             window_method(model, config, length, cls(budget=budget), repeats)
         if kvpress is not None:
             bench_kvpress(model, config, length, budget, kvpress, repeats)
@@ -163,7 +166,9 @@ def prompt(batch_size: int, length: int) -> torch.Tensor:
 
 
 def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int], new: int) -> None:
-    methods = (patchkit.H2O, patchkit.SnapKV, patchkit.CAKE, patchkit.TOVA, patchkit.Window)
+    methods = (
+        patchkit.H2O, patchkit.SnapKV, patchkit.AdaKV, patchkit.CAKE, patchkit.TOVA, patchkit.Window
+    )  # fmt: skip
     for budget in budgets:
         patchkit.apply(model)
         ids = prompt(1, budget - new // 2)  # so that the average context is the budget
@@ -173,7 +178,7 @@ def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int],
         release(model)
         for length in lengths:
             config = f"8b B1 S{length} b{budget} +{new} bf16"
-            for cls in methods[: 2 if length > 100_000 else None]:
+            for cls in methods[: 3 if length > 100_000 else None]:
                 patchkit.apply(model, cls(budget=budget))
                 call(model, prompt(1, 4096), 4)  # builds and records what is measured
                 for metric, value in generate_ms(model, prompt(1, length), new).items():
@@ -182,14 +187,36 @@ def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int],
                 release(model)
 
 
+class Clock(BaseStreamer):
+    """Notes when tokens are handed out; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def generate_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> dict[str, float]:
-    """Time one call for one token and one whole call."""
+    """Time one call: its first token, and every further one.
+
+    A long prompt takes seconds that differ from call to call by more than its tokens take, so both
+    are measured in the same call.
+    """
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    prefill = seconds(lambda: call(model, ids, 1)) * 1e3
+    clock = Clock()
+    call(model, ids, new, streamer=clock)
+    start, first, *_, last = clock.times
     peak = torch.cuda.max_memory_allocated() / 1e9
-    whole = seconds(lambda: call(model, ids, new)) * 1e3
-    token = (whole - prefill) / (new - 1)
-    return {"token": token, "first token": prefill, "prefill peak memory": peak}
+    return {
+        "token": (last - first) / (new - 1) * 1e3,
+        "first token": (first - start) * 1e3,
+        "peak memory": peak,
+    }
 
 
 def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) -> None:

@@ -50,7 +50,7 @@ from patchkit import demo
 from patchkit.compat import CACHE_KEYWORD
 
 DENSE = "dense"
-METHODS = (DENSE, "Window", "SnapKV", "PyramidKV", "TOVA", "H2O", "CAKE")
+METHODS = (DENSE, "Window", "SnapKV", "PyramidKV", "AdaKV", "TOVA", "H2O", "CAKE")
 DEPTHS = (0.3, 0.5, 0.7, 0.9)
 CUE, ANSWER = 24, 56
 QUARTERS, DIGITS = 4, 5

@@ -26,6 +26,7 @@ COLOURS = {
     "Window": "#9aa5b1",
     "SnapKV": "#1769aa",
     "PyramidKV": "#6fb1e0",
+    "AdaKV": "#1fa3a3",
     "TOVA": "#3a8f5c",
     "H2O": "#d9822b",
     "CAKE": "#a23b72",

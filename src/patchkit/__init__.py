@@ -23,6 +23,7 @@ _EXPORTS = {
     "PatchReport": "patchkit.status",
     "TIP": "patchkit.decoding.tip",
     "ThinkingBudget": "patchkit.decoding.thinking_budget",
+    "AdaKV": "patchkit.attention.adakv",
     "CAKE": "patchkit.attention.cake",
     "H2O": "patchkit.attention.h2o",
     "PyramidKV": "patchkit.attention.pyramidkv",
@@ -42,6 +43,7 @@ __all__ = [
     "H2O",
     "TIP",
     "TOVA",
+    "AdaKV",
     "BudgetForcing",
     "CyclicReflex",
     "KVStore",
@@ -64,6 +66,7 @@ __all__ = [
 if TYPE_CHECKING:
     from patchkit import demo, errors, testing
     from patchkit.api import apply, methods, patched, report, restore
+    from patchkit.attention.adakv import AdaKV
     from patchkit.attention.cake import CAKE
     from patchkit.attention.h2o import H2O
     from patchkit.attention.pyramidkv import PyramidKV

@@ -220,6 +220,43 @@ def snapkv_rule(budget, sinks=4, window=32, width=5, share: Callable | None = No
     return rule
 
 
+def adakv_rule(budget, floor=0.2, sinks=4, window=32, width=5) -> Rule:
+    """Divide a layer's budget among its heads whenever a chunk overflows it; see `AdaKV`."""
+    budgets: dict[tuple[int, int, int], int] = {}
+
+    def rule(passes) -> None:
+        for depth, layer in enumerate(passes):
+            for b, row in enumerate(layer):
+                for state in row:
+                    _vote(state, window, width)
+                if row and (row[0].size > 1 or row[0].seen == row[0].size):
+                    shares = _shares(row, budget_of(budget, row[0].tokens, sinks))
+                    budgets.update({(depth, b, h): most for h, most in enumerate(shares)})
+                for h, state in enumerate(row):
+                    most = budgets[depth, b, h]
+                    drop(state, most, sinks, window, lambda i, s=state: s.tokens.scores[i])
+
+    def _shares(row: list[Pass], equal: int) -> list[int]:
+        if sum(len(state.tokens.columns) for state in row) <= equal * len(row):
+            return [equal] * len(row)
+        least = min(max(int(equal * floor), sinks + window), equal)
+        chosen, others = [least] * len(row), []
+        for h, state in enumerate(row):
+            tokens = Tokens(list(state.tokens.columns), *[list(state.tokens.columns)] * 3)
+            twin = Pass(tokens, state.weights, state.columns, state.size, state.seen)
+            drop(twin, least, sinks, min(window, equal - sinks), state.tokens.scores.__getitem__)
+            for column, score in zip(state.tokens.columns, state.tokens.scores, strict=True):
+                if column not in tokens.columns:
+                    others.append((score, column, h))
+            chosen[h] = len(tokens.columns)
+        left = equal * len(row) - sum(chosen)
+        for _, _, h in sorted(others, reverse=True)[:left]:
+            chosen[h] += 1
+        return chosen
+
+    return rule
+
+
 def cake_rule(budget, sinks=4, window=32, width=5, gamma=200.0, tau1=1.0, tau2=1.0) -> Rule:
     """Divide by preferences after the whole forward that fills the budget; see `CAKE`."""
     budgets: dict[tuple[int, int], int] = {}

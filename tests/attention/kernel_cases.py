@@ -518,8 +518,12 @@ def _compact_oracle(
     out_keys: Tensor,
     out_values: Tensor,
     out_position: Tensor,
+    score: Tensor,
+    out_score: Tensor,
 ) -> None:
     out_position.fill_(_EMPTY)
+    for data in (out_keys, out_values, out_score):
+        data.fill_(0)
     for b in range(keep.shape[0]):
         for h in range(keep.shape[1]):
             for j in range(int(keep_count[b, h])):
@@ -527,6 +531,7 @@ def _compact_oracle(
                 out_keys[b, h, j] = keys[b, h, slot]
                 out_values[b, h, j] = values[b, h, slot]
                 out_position[b, h, j] = position[b, h, slot]
+                out_score[b, h, j] = score[b, h, slot]
 
 
 def check_compact(case: CompactCase, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -552,7 +557,10 @@ def check_compact(case: CompactCase, dtype: torch.dtype, device: str = "cpu") ->
             heads_inside=case.heads_inside,
         )
         target.position.fill_(77)
-        op(*store.tensors[:3], keep.to(device), count.to(device), *target.tensors[:3])
+        scores = [store.values[..., 0].float(), torch.full_like(target.position, 5).float()]
+        target.buffers["score"] = scores[1]
+        chosen = (keep.to(device), count.to(device))
+        op(*store.tensors[:3], *chosen, *target.tensors[:3], *scores)
         return target
 
     expected = run(_compact_oracle)

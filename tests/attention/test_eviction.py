@@ -14,13 +14,20 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 import patchkit
-from patchkit import CAKE, H2O, TOVA, KVStore, PyramidKV, SnapKV, Window
+from patchkit import CAKE, H2O, TOVA, AdaKV, KVStore, PyramidKV, SnapKV, Window
 from patchkit.attention.cake import calibrate, round_to_total, water_fill
 from patchkit.errors import CacheError, UnsupportedGenerationError
 from patchkit.testing import left_padded_batch, tiny_model
 
 from ..helpers import with_cache
-from .eviction_oracle import EvictionOracle, cake_rule, h2o_rule, snapkv_rule, tova_rule
+from .eviction_oracle import (
+    EvictionOracle,
+    adakv_rule,
+    cake_rule,
+    h2o_rule,
+    snapkv_rule,
+    tova_rule,
+)
 
 VOCAB = 97
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5, "check_dtype": False}
@@ -54,6 +61,11 @@ CASES = {
         PyramidKV(budget=14, beta=4, **SNAP),
         snapkv_rule(14, share=pyramid(6, 4), **WINDOW),
     ),
+    "adakv": (AdaKV(budget=13, **SNAP), adakv_rule(13, **WINDOW)),
+    "adakv fraction": (
+        AdaKV(budget=0.6, floor=0.75, **SNAP),
+        adakv_rule(0.6, floor=0.75, **WINDOW),
+    ),
     "cake": (CAKE(budget=12, dense_layers=1, **SNAP), cake_rule(12, **WINDOW)),
     "cake tau": (
         CAKE(budget=0.6, tau1=0.5, tau2=2.0, gamma=5.0, **SNAP),
@@ -74,13 +86,20 @@ def build(groups: int = 2, layers: int = 3, dtype=torch.float64, **overrides):
 
 def positions(store: KVStore) -> list:
     """Return the columns held, by layer, row and head."""
-    return [
-        [
-            [sorted(row[: int(n)].tolist()) for row, n in zip(rows, counts, strict=True)]
-            for rows, counts in zip(layer.position, layer.length, strict=True)
-        ]
-        for layer in store.store_layers
-    ]
+    kept = []
+    for layer in store.store_layers:
+        begin = torch.zeros_like(layer.length) if layer.first is None else layer.first
+        lists = zip(layer.lists()[2], begin, layer.length, strict=True)
+        kept.append(
+            [
+                [
+                    sorted(row[i : i + n].tolist())
+                    for row, i, n in zip(rows, first.tolist(), counts.tolist(), strict=True)
+                ]
+                for rows, first, counts in lists
+            ]
+        )
+    return kept
 
 
 def stream(lengths, extra, seed=5):
@@ -114,7 +133,8 @@ def feed(model, ids, valid, chunks):
 
 @pytest.mark.parametrize(
     ("name", "groups"),
-    [(name, 2) for name in CASES] + [(name, g) for name in ("h2o", "cake") for g in (1, 4, 7)],
+    [(name, 2) for name in CASES]
+    + [(name, g) for name in ("h2o", "cake", "adakv") for g in (1, 4, 7)],
 )
 def test_equals_loops(name, groups):
     method, rule = CASES[name]
@@ -210,15 +230,18 @@ def test_generate_and_beams(name):
     torch.testing.assert_close(out.sequences_scores, taken.sum(-1) / 10, **TOLERANCE)
     budget = method.budget
     for layer in greedy.past_key_values.store_layers:
-        if isinstance(budget, int) and not isinstance(method, (CAKE, PyramidKV)):
+        if isinstance(method, AdaKV) and isinstance(budget, int):
+            assert layer.length.sum(1).eq(2 * budget).all()
+        elif isinstance(budget, int) and not isinstance(method, (CAKE, PyramidKV)):
             assert layer.length.eq(budget).all()
 
 
-def test_second_turn_through_generate_feeds_the_new_tokens_only():
+@pytest.mark.parametrize("method", [H2O(budget=12), AdaKV(budget=12, **SNAP)])
+def test_second_turn_through_generate_feeds_the_new_tokens_only(method):
     model = build()
     batch = left_padded_batch(VOCAB, [23, 11])
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    with patchkit.patched(model, H2O(budget=12)):
+    with patchkit.patched(model, method):
         first = model.generate(**batch, **options)
         turn = torch.randint(1, VOCAB, (2, 5), generator=torch.Generator().manual_seed(3))
         ids = torch.cat([first.sequences, turn], dim=1)
@@ -426,7 +449,7 @@ def test_sums_of_a_prompt_are_those_of_eager_attention(family):
     assert compared
 
 
-@pytest.mark.parametrize("cls", [H2O, SnapKV, TOVA, CAKE])
+@pytest.mark.parametrize("cls", [H2O, SnapKV, AdaKV, TOVA, CAKE])
 def test_a_step_over_a_shared_latent_can_be_recorded(cls):
     model = patchkit.apply(tiny_model("deepseek_v2"), cls(budget=40), backend="triton")
     ids, valid = stream([45], 2)
@@ -435,7 +458,33 @@ def test_a_step_over_a_shared_latent_can_be_recorded(cls):
         model(ids[:, 46:], position_ids=torch.tensor([[46]]), use_cache=True, **with_cache(store))
 
 
-@pytest.mark.parametrize("cls", [Window, H2O, SnapKV, PyramidKV, TOVA, CAKE])
+def test_heads_share_the_slots_of_their_row():
+    model = build(groups=1, layers=2)
+    ids, valid = stream([60, 41], 12)
+    with patchkit.patched(model, AdaKV(budget=16, **SNAP)) as patched:
+        for index, (_, store) in enumerate(feed(patched, ids, valid, [60, 1, 1, 6, 1, 1, 1, 1])):
+            for layer in store.store_layers:
+                lengths = layer.length
+                assert lengths.sum(1).eq(4 * 16).all() and lengths.min() >= 6
+                assert lengths.ne(16).any(), "every head keeps the same: nothing was divided"
+                assert layer.keys.shape[:3] == (2, 1, 80)  # (16 + 1) * 4 slots, in steps of 16
+            if index == 3:
+                twin = copy.deepcopy(store)
+    assert positions(store) != positions(twin)
+
+
+def test_equal_heads_share_equally():
+    method = AdaKV(budget=16, floor=1.0, **SNAP)
+    ids, valid = stream([40, 21], 6)
+    with patchkit.patched(build(), method) as model:
+        *_, (logits, divided) = feed(model, ids, valid, [40, 1, 1, 3, 1])
+    with patchkit.patched(build(), SnapKV(budget=16, **SNAP)) as model:
+        *_, (want, equal) = feed(model, ids, valid, [40, 1, 1, 3, 1])
+    assert positions(divided) == positions(equal)
+    torch.testing.assert_close(logits, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cls", [Window, H2O, SnapKV, PyramidKV, AdaKV, TOVA, CAKE])
 def test_a_bound_in_bytes_holds(cls):
     model = build(layers=4, dtype=torch.float32)
     ids, valid = stream([900, 700], 2)
@@ -487,6 +536,8 @@ def test_calibration_returns_the_pair_with_the_lowest_loss():
         ("beta", lambda: PyramidKV(beta=0.5)),
         ("one budget", lambda: PyramidKV(budget=[64, 64])),
         ("one budget", lambda: CAKE(budget=[64, 64])),
+        ("one budget per layer", lambda: AdaKV(budget=[[64, 64], [64, 64]])),
+        ("floor", lambda: AdaKV(floor=1.5)),
         ("at most 64", lambda: CAKE(window=65)),
         ("temperatures", lambda: CAKE(tau1=0.0)),
         ("dense_layers", lambda: CAKE(dense_layers=0)),

@@ -10,6 +10,7 @@ from patchkit.attention.kernels.append import append
 from patchkit.attention.kernels.decode_attention import decode_attention
 from patchkit.attention.kernels.evict_lowest import evict_lowest
 
+from ..attention import packed_cases
 from ..attention.kernel_cases import (
     AppendCase,
     CompactCase,
@@ -25,6 +26,7 @@ from ..attention.kernel_cases import (
     make_store,
     random,
 )
+from ..attention.packed_cases import PackedCase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,6 +136,20 @@ def test_compact(case: CompactCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", EVICT, ids=str)
 def test_evict_lowest(case: EvictCase, dtype: torch.dtype) -> None:
     check_evict_lowest(case, dtype, "cuda")
+
+
+PACKED = [PackedCase(), PackedCase(3, 8, 4, 700, 128, 128), PackedCase(1, 2, 7, 90, 64, 80)]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_lists(case: PackedCase, dtype: torch.dtype) -> None:
+    packed_cases.check_append(case, dtype, "cuda")
+    packed_cases.check_decode_attention(case, dtype, "cuda")
+    packed_cases.check_compact(case, dtype, "cuda")
+    for choice in (False, True):
+        packed_cases.check_evict_lowest(case, choice, dtype, "cuda")
+        packed_cases.check_attention_mass(case, 3 if choice else 1, dtype, "cuda")
 
 
 def test_a_decoding_step_can_be_captured() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import patchkit
-from patchkit import CAKE, H2O, SnapKV
+from patchkit import CAKE, H2O, AdaKV, SnapKV
 from patchkit.testing import left_padded_batch, tiny_model
 
 from ..attention.test_eviction import CASES, VOCAB, build, feed, positions, stream
@@ -55,7 +55,7 @@ def test_recorded_steps(name):
     assert report.calls["evict_lowest"].keys() == {"triton"}
 
 
-@pytest.mark.parametrize("cls", [H2O, SnapKV, CAKE])
+@pytest.mark.parametrize("cls", [H2O, SnapKV, AdaKV, CAKE])
 def test_memory_is_given_back_after_the_prompt(cls):
     model = tiny_model("llama", num_hidden_layers=8, max_position_embeddings=40_000).cuda()
     ids = torch.randint(1, VOCAB, (1, 32_000), device="cuda")

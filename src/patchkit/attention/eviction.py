@@ -78,6 +78,9 @@ class EvictionPolicy:
     mean: bool = False
     """Whether the score is a sum over the queries since the token came, to be divided by them."""
 
+    total: int | None = None
+    """Bound on the tokens of all KV heads of a row together, whose budgets differ; None: alike."""
+
     per_head: bool
     """Whether the KV heads of a row may keep different tokens."""
     budget: Tensor
@@ -219,16 +222,15 @@ class EvictionPolicy:
             "attention",
             "evict_lowest",
             layer.device,
-            layer.keys,
-            layer.values,
-            layer.position,
+            *layer.lists(),
             layer.length,
             self.budget,
             layer.seen,
             self.recent,
-            score=layer.score,
+            score=None if layer.score is None else layer.scores,
             num_protected=self.num_sink_tokens,
             mean=self.mean,
+            first=layer.first,
         )
         self.note_eviction(layer)
 
@@ -242,7 +244,21 @@ class EvictionPolicy:
     def evict_many(self, layer: StoreLayer) -> None:
         """Keep the best tokens of every list, in slots of just that size."""
         count = torch.minimum(layer.length, self.budget)
-        keep = layer.backend.run(
+        layer.keep(self.select(layer, count, self.highest), count, self.highest)
+
+    def select(self, layer: StoreLayer, count: Tensor, most: int) -> Tensor:
+        """Pick the best tokens of every list, whose slots are its own.
+
+        Args:
+            layer: What holds the lists.
+            count: `[B, H_kv]` int32, tokens to pick, at most as many as live.
+            most: Upper bound on `count`.
+
+        Returns:
+            `[B, H_kv, min(most, filled)]` int32: the picked slots ascending, then `filled`.
+        """
+        assert layer.first is None
+        return layer.backend.run(
             "attention",
             "select_top",
             layer.device,
@@ -254,9 +270,8 @@ class EvictionPolicy:
             self.recent,
             num_sinks=self.num_sink_tokens,
             mean=self.mean,
-            width=min(self.highest, layer.filled),
+            width=min(most, layer.filled),
         )
-        layer.keep(keep, count, self.highest)
 
 
 LayerBudget = int | Sequence[int]

@@ -194,15 +194,14 @@ def _attend_store(
     needs_lse = policy is not None and policy.needs_lse(q_len)
     if custom:
         visible = _mask_of_columns(attention_mask, layer)
-    elif backend.choose(layer.device) == "reference" or (
-        causal and not needs_lse and prefers_torch(query, value, **options)
+    elif layer.first is None and (
+        backend.choose(layer.device) == "reference"
+        or (causal and not needs_lse and prefers_torch(query, value, **options))
     ):
         visible = layer.visibility(q_len)
-    keys, position = key, layer.position
-    if key.data_ptr() == layer.keys.data_ptr():
-        keys = layer.keys
-    else:  # MLA: keys and values were expanded from the latent slots
-        position = position[:, :, : key.shape[2]]
+    keys, values, position = layer.lists()
+    if key.data_ptr() != layer.keys.data_ptr():  # MLA: expanded from the latent slots
+        keys, values, position = key, value, position[:, :, : key.shape[2]]
     if visible is not None:
         mask = visible if isinstance(visible, Tensor) else None
         backend.calls["dense_attention", "torch"] += 1
@@ -210,13 +209,14 @@ def _attend_store(
             query, key, value, mask=mask, is_causal=mask is None and visible == "causal", **options
         )
     else:
-        values = layer.values if keys is layer.keys else value
         held = (query, keys, values, position, layer.length, layer.seen)
         if needs_lse:
             lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         kernel = {**options, "sliding_window": layer.sliding_window, "lse": lse}
         few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
-        if not few:
+        if few:
+            kernel["first"] = layer.first
+        else:
             kernel |= {"behind": layer.behind, "ordered": layer.ordered}
         op = "decode_attention" if few else "prefill_attention"
         out = backend.run("attention", op, layer.device, *held, **kernel)

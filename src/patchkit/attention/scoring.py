@@ -94,6 +94,7 @@ def _add(layer: StoreLayer, attended: Attended, lse: Tensor, decay: float) -> No
         score,
         decay=decay if shared else 0.0,
         num_new=layer.newest,
+        first=layer.first,
         **attended.masking,
     )
     if shared:

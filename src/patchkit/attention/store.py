@@ -184,9 +184,9 @@ class KVStore(Cache):
         for index, (layer, host) in enumerate(zip(store.store_layers, counters, strict=True)):
             own = f"{index}."
             held = {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
-            if held and held["keys"].shape[1] != family.num_kv_heads:
+            if held and held["length"].shape[1] != family.num_kv_heads:
                 raise CacheError(
-                    f"the file holds {held['keys'].shape[1]} KV heads per layer, the model has "
+                    f"the file holds {held['length'].shape[1]} KV heads per layer, the model has "
                     f"{family.num_kv_heads}"
                 )
             module = family.attention[family.layers[index].name]

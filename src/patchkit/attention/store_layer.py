@@ -98,6 +98,9 @@ class StoreLayer(CacheLayerMixin):
     length: Tensor
     seen: Tensor
     score: Tensor | None = None
+    first: Tensor | None = None
+    """`[B, H_kv]` int32: where heads keep lists of different sizes, those of a row share its slots,
+    and this says where each begins. None: every list has `capacity` slots of its own."""
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class StoreLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop every token and free the memory."""
-        self.keys = self.values = self.score = None
+        self.keys = self.values = self.score = self.first = None
         self.is_initialized = False
         self.columns = 0
         self.filled = 0  # host-side upper bound on `length`
@@ -179,8 +182,9 @@ class StoreLayer(CacheLayerMixin):
         """Say whether `restart` has kept tensors for this batch size, dtype and device."""
         if self._spare is None:
             return False
+        lists = self._spare["length"].shape
         for held, shape in ((self._spare["keys"], key_shape), (self._spare["values"], value_shape)):
-            alike = held.shape[:2] == shape[:2] and held.shape[3] == shape[3]
+            alike = lists == shape[:2] and held.shape[3] == shape[3]
             if not alike or held.dtype != self.dtype or held.device != self.device:
                 return False
         return True
@@ -225,7 +229,7 @@ class StoreLayer(CacheLayerMixin):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a layer between two passes holds: its tensors, and the host's bookkeeping."""
         tensors = self.tensors() if self.is_initialized else {}
-        for name in self._slots():
+        for name in self._slots() if self.first is None else ():
             tensors[name] = tensors[name][:, :, : self.filled]
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return tensors, counters | {"policy": self.policy and self.policy.counters()}
@@ -246,13 +250,15 @@ class StoreLayer(CacheLayerMixin):
             self._reserve(1)
 
     def _slots(self) -> dict[str, Tensor]:
-        """Return the tensors `[B, H_kv, capacity, ...]`."""
+        """Return the tensors `[B, H_kv, capacity, ...]`, or `[B, 1, capacity, ...]` if shared."""
         held = {name: getattr(self, name) for name in ("keys", "values", "position", "score")}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the layer by its name."""
         held = self._slots() | {"length": self.length, "seen": self.seen}
+        if self.first is not None:
+            held["first"] = self.first
         return held if self.policy is None else held | self.policy.tensors()
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
@@ -260,17 +266,32 @@ class StoreLayer(CacheLayerMixin):
         for name, tensor in tensors.items():
             setattr(self if name in StoreLayer.__annotations__ else self.policy, name, tensor)
 
-    def _empty_slots(self, capacity: int) -> dict[str, Tensor]:
-        """Allocate empty slots."""
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values and positions, `[B, H_kv, capacity, ...]`."""
+        if self.first is None:
+            return self.keys, self.values, self.position
+        heads = self.first.shape[1]
+        return (
+            self.keys.expand(-1, heads, -1, -1),
+            self.values.expand(-1, heads, -1, -1),
+            self.position.expand(-1, heads, -1),
+        )
+
+    def _empty_slots(
+        self, capacity: int, *, shared: bool = False, filled: bool = True
+    ) -> dict[str, Tensor]:
+        """Allocate slots for every list, or for every row; empty ones unless they need not be.
+
+        A masked slot still multiplies its value with a weight of exactly 0, so no NaN may remain.
+        """
+        lists = (self.length.shape[0], 1 if shared else self.length.shape[1])
+        slots = {}
         with ordinary_tensors():
-            # Zeros, because a masked slot still multiplies its value with a weight of exactly 0.
-            return {
-                name: tensor.new_full(
-                    (*tensor.shape[:2], capacity, *tensor.shape[3:]),
-                    -1 if name == "position" else 0,
-                )
-                for name, tensor in self._slots().items()
-            }
+            for name, tensor in self._slots().items():
+                slots[name] = tensor.new_empty((*lists, capacity, *tensor.shape[3:]))
+                if filled:
+                    slots[name].fill_(-1 if name == "position" else 0)
+        return slots
 
     def _reserve(self, new_tokens: int) -> None:
         needed = self.filled + new_tokens
@@ -299,7 +320,7 @@ class StoreLayer(CacheLayerMixin):
 
         Returns:
             Views `[B, H_kv, filled, D]` and `[B, H_kv, filled, Dv]` of the slots, in slot order;
-            of all `capacity` slots while a step is recorded.
+            of all `capacity` slots while a step is recorded and where lists share them.
 
         Raises:
             CacheError: the model that runs is not patched, another attention function ran in
@@ -328,6 +349,8 @@ class StoreLayer(CacheLayerMixin):
             )
         new_tokens = key_states.shape[-2]
         self._step = self._forward.step
+        if self.first is not None and (new_tokens > 1 or self.record_past):
+            self._unpack(new_tokens)  # a list has room for one token, which evicts another
         bounded = self.policy is not None  # compaction follows, which makes room of its own
         ahead = 0 if bounded else self._forward.until - self.columns
         self._reserve(max(new_tokens, ahead))
@@ -337,15 +360,14 @@ class StoreLayer(CacheLayerMixin):
             "attention",
             "append",
             self.device,
-            self.keys,
-            self.values,
-            self.position,
+            *self.lists(),
             self.length,
             self.seen,
             key_states.to(self.dtype),
             value_states.to(self.dtype),
             valid,
             start=None if self.ragged or self._per_head else self.filled,
+            first=self.first,
         )
         if self.policy is not None and (new_tokens > 1 or self.columns == 0):
             self.policy.count(new_tokens, valid)
@@ -353,14 +375,16 @@ class StoreLayer(CacheLayerMixin):
         self.filled += new_tokens
         self.rollback += new_tokens
         self._open = new_tokens
-        shown = self.capacity if self._forward.recording else self.filled
-        return self.keys[:, :, :shown], self.values[:, :, :shown]
+        keys, values, _ = self.lists()
+        whole = self._forward.recording or self.first is not None
+        shown = self.capacity if whole else self.filled
+        return keys[:, :, :shown], values[:, :, :shown]
 
     @property
     def scores(self) -> Tensor:
         """`[B, H_kv, capacity]` float32 of a layer whose policy ranks by score."""
         assert self.score is not None
-        return self.score
+        return self.score.expand(-1, self.length.shape[1], -1)
 
     @property
     def newest(self) -> int:
@@ -436,39 +460,62 @@ class StoreLayer(CacheLayerMixin):
     def keep(self, keep: Tensor, count: Tensor, most: int) -> None:
         """Move some tokens into slots of their own and free the others.
 
+        Where the policy gives heads different budgets, the lists of a row come to share its slots.
+
         Args:
             keep: `[B, H_kv, N]` int32, ascending slot numbers.
             count: `[B, H_kv]` int32, entries of `keep` in use.
             most: Upper bound on `count`.
         """
-        capacity, spare = _bucket(most + 1, BOUND), self._spare
-        self._spare = None
-        if spare is not None and spare["keys"].shape[2] == capacity:
-            slots = {name: spare[name] for name in self._slots()}
+        policy = self.policy
+        if policy is None or policy.total is None:
+            self._move(keep, count, _bucket(most + 1, BOUND), None)
         else:
-            slots = self._empty_slots(capacity)
-        self.backend.run(
-            "attention",
-            "compact",
-            self.device,
-            self.keys,
-            self.values,
-            self.position,
-            keep,
-            count,
-            slots["keys"],
-            slots["values"],
-            slots["position"],
-        )
-        if self.score is not None:
-            kept = keep.clamp(max=self.capacity - 1).long()
-            slots["score"][:, :, : keep.shape[2]] = self.score.gather(2, kept)
-        self._hold(slots)
-        self.capacity = self.keys.shape[2]
+            room = policy.budget + 1  # a step appends before it evicts
+            first = (room.cumsum(-1) - room).int()
+            capacity = _bucket(policy.total + room.shape[1], BOUND)
+            self._move(keep, count, capacity, first)
         self.length.copy_(count)
         self.filled = min(self.filled, most)
         self.rollback = 0
         self.overdue = False
+
+    def _unpack(self, new_tokens: int) -> None:
+        """Give every list slots of its own again, and room for a chunk."""
+        every = torch.arange(self.filled, dtype=torch.int32, device=self.device)
+        every = every.expand(*self.length.shape, -1)
+        self._move(every, self.length, _bucket(self.filled + new_tokens), None)
+
+    def _move(self, keep: Tensor, count: Tensor, capacity: int, first: Tensor | None) -> None:
+        """Copy tokens into other slots, in lists that begin at `first` if that is given."""
+        spare, self._spare = self._spare, None
+        shared = first is not None
+        if spare and spare["keys"].shape[2] == capacity and ("first" in spare) == shared:
+            slots = {name: spare[name] for name in self._slots()}
+        else:  # where lists have slots of their own, what lies behind them is emptied below
+            spare = None
+            slots = self._empty_slots(capacity, shared=shared, filled=shared)
+        score, heads = slots.get("score"), self.length.shape[1]
+        self.backend.run(
+            "attention",
+            "compact",
+            self.device,
+            *self.lists(),
+            keep,
+            count,
+            slots["keys"].expand(-1, heads, -1, -1),
+            slots["values"].expand(-1, heads, -1, -1),
+            slots["position"].expand(-1, heads, -1),
+            None if self.score is None else self.scores,
+            None if score is None else score.expand(-1, heads, -1),
+            self.first,
+            first,
+        )
+        self._hold(slots)
+        self.capacity = self.keys.shape[2]
+        if first is not None and spare is not None:  # recorded steps know the address
+            first = spare["first"].copy_(first)
+        self.first = first
 
     # -- replayed steps -----------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -31,3 +33,23 @@ def per_head(num_heads: int, num_kv_heads: int, *bookkeeping: Tensor) -> tuple[T
     return tuple(
         t.expand(-1, num_kv_heads, *t.shape[2:]) if t.shape[1:2] == (1,) else t for t in bookkeeping
     )
+
+
+def starts(first: Tensor | None, placeholder: Tensor) -> Tensor:
+    """Return what a kernel gets as the first slots of its lists, `[B, H]`, or an unused tensor.
+
+    Raises:
+        ValueError: the first slots are not contiguous.
+    """
+    if first is None:
+        return placeholder
+    if not first.is_contiguous():
+        raise ValueError(f"first: expected a contiguous tensor, got strides {first.stride()}")
+    return first
+
+
+@triton.jit
+def first_slot(first_ptr, number, HAS_FIRST: tl.constexpr):
+    # The first slot of list `number`, counted over rows and heads; 0 where it has slots of its own.
+    first = tl.load(first_ptr + number) if HAS_FIRST else 0
+    return tl.cast(first, tl.int64)

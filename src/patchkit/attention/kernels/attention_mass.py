@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import per_head, shared_bytes
+from patchkit.attention.kernels import first_slot, per_head, shared_bytes, starts
 from patchkit.attention.kernels.attention_lse import first_masked_tile, log2_logits, sees
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
 from patchkit.attention.reference import check_arguments
@@ -78,14 +78,15 @@ def _add_tiles(
 
 @triton.jit
 def _attention_mass_kernel(
-    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr,
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, first_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
     stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
     num_lists, num_kv_heads, q_len, scale, decay, num_new, sliding_window, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    HEADS: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0) % num_lists
     start = tl.program_id(0) // num_lists * BLOCK_N
@@ -98,9 +99,10 @@ def _attention_mass_kernel(
     slot = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
     live = slot < length
     offs_d = tl.arange(0, BLOCK_D)
-    position_ptr += b * stride_pb + h * stride_ph
+    list_first = first_slot(first_ptr, pid, HAS_FIRST)
+    position_ptr += b * stride_pb + h * stride_ph + list_first * stride_ps
     position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)  # [BLOCK_N]
-    keys_ptr += b * stride_kb + h * stride_kh
+    keys_ptr += b * stride_kb + h * stride_kh + list_first * stride_ks
     k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
     k = tl.load(k_ptr, mask=live[:, None] & (offs_d < D)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
     if UPCAST:
@@ -139,7 +141,7 @@ def _attention_mass_kernel(
     )  # fmt: skip
     total = tl.where(position >= 0, total, 0.0)
 
-    score_ptr += b * stride_cb + h * stride_ch
+    score_ptr += b * stride_cb + h * stride_ch + list_first * stride_cs
     if HAS_DECAY:
         old = live & (position < oldest + q_len - num_new)
         total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
@@ -148,14 +150,14 @@ def _attention_mass_kernel(
 
 @triton.jit
 def _window_mass_kernel(
-    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr,
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, first_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
     stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
     num_kv_heads, rows, q_len, scale, decay, num_new, sliding_window, softcap,
     D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program: all query rows of one KV head, every num_splits-th tile of its slots.
     pid = tl.program_id(0)
@@ -165,9 +167,10 @@ def _window_mass_kernel(
     h = (pid % num_kv_heads).to(tl.int64)
     length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
     seen = tl.load(seen_ptr + b * stride_sb + h * stride_sh)
-    keys_ptr += b * stride_kb + h * stride_kh
-    position_ptr += b * stride_pb + h * stride_ph
-    score_ptr += b * stride_cb + h * stride_ch
+    first = first_slot(first_ptr, pid, HAS_FIRST)
+    keys_ptr += b * stride_kb + h * stride_kh + first * stride_ks
+    position_ptr += b * stride_pb + h * stride_ph + first * stride_ps
+    score_ptr += b * stride_cb + h * stride_ch + first * stride_cs
 
     offs_m = tl.arange(0, BLOCK_M)
     row = tl.minimum(offs_m, rows - 1)
@@ -277,6 +280,7 @@ def attention_mass(
     num_new: int = 0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    first: Tensor | None = None,
 ) -> None:
     """Add the attention that every live slot receives to its score.
 
@@ -300,6 +304,8 @@ def attention_mass(
         num_new: Newest columns whose slots enter with a score of 0, whatever is stored there.
         sliding_window: Columns that a query sees, its own included. None: all.
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
+        first: `[B, H_kv]` int32 contiguous, first slot of each list where those of a row share
+            C slots (and `keys`, ... are expanded over H_kv). None: each has C slots of its own.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, or an input requires grad.
@@ -316,6 +322,7 @@ def attention_mass(
         seen=(seen, lists, int32),
         lse=(lse, (batch_size, num_heads, q_len), torch.float32),
         score=(score, (*lists, capacity), torch.float32),
+        first=(first, lists, int32),
     )
     if score.numel() == 0 or num_heads == 0:
         return
@@ -323,7 +330,9 @@ def attention_mass(
     num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     shared = shared_bytes(query.device)
-    tensors = (query, keys, position, length, seen, lse, score)
+    tensors = (
+        query, keys, position, length, seen, lse, score, starts(first, length)
+    )  # fmt: skip
     strides = (
         *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
         *seen.stride(), *lse.stride(), *score.stride(),
@@ -333,6 +342,7 @@ def attention_mass(
         "HAS_DECAY": decay != 0,
         "HAS_WINDOW": sliding_window is not None,
         "HAS_SOFTCAP": softcap is not None,
+        "HAS_FIRST": first is not None,
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "BLOCK_D": block_d,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.attention.kernels import first_slot, starts
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["compact"]
@@ -21,11 +22,15 @@ def _compact_kernel(
     keys_ptr,
     values_ptr,
     position_ptr,
+    score_ptr,
     keep_ptr,
     keep_count_ptr,
     out_keys_ptr,
     out_values_ptr,
     out_position_ptr,
+    out_score_ptr,
+    first_ptr,
+    out_first_ptr,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -35,6 +40,9 @@ def _compact_kernel(
     stride_pb,
     stride_ph,
     stride_ps,
+    stride_sb,
+    stride_sh,
+    stride_ss,
     stride_ib,
     stride_ih,
     stride_in,
@@ -49,11 +57,17 @@ def _compact_kernel(
     stride_opb,
     stride_oph,
     stride_ops,
+    stride_osb,
+    stride_osh,
+    stride_oss,
     num_heads,
     width,
     out_capacity,
     D: tl.constexpr,
     D_V: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_OUT_FIRST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -62,14 +76,22 @@ def _compact_kernel(
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     kept = tl.minimum(tl.load(keep_count_ptr + b * stride_cb + h * stride_ch), width)
     mask_s = offs_s < kept
-    target = offs_s.to(tl.int64)
+    # What lies behind a list of its own is emptied; behind one among others comes the next.
+    written = mask_s if HAS_OUT_FIRST else offs_s < out_capacity
     keep_ptr += b * stride_ib + h * stride_ih
-    source = tl.load(keep_ptr + target * stride_in, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
+    source = tl.load(keep_ptr + offs_s.to(tl.int64) * stride_in, mask=mask_s, other=0).to(tl.int64)
+    source += first_slot(first_ptr, tl.program_id(0), HAS_FIRST)  # [BLOCK_S]
+    target = first_slot(out_first_ptr, tl.program_id(0), HAS_OUT_FIRST) + offs_s
 
     position_ptr += b * stride_pb + h * stride_ph
     out_position_ptr += b * stride_opb + h * stride_oph
     column = tl.load(position_ptr + source * stride_ps, mask=mask_s, other=-1)
-    tl.store(out_position_ptr + target * stride_ops, column, mask=offs_s < out_capacity)
+    tl.store(out_position_ptr + target * stride_ops, column, mask=written)
+    if HAS_SCORE:
+        score_ptr += b * stride_sb + h * stride_sh
+        out_score_ptr += b * stride_osb + h * stride_osh
+        score = tl.load(score_ptr + source * stride_ss, mask=mask_s, other=0.0)
+        tl.store(out_score_ptr + target * stride_oss, score, mask=written)
 
     keys_ptr += b * stride_kb + h * stride_kh
     values_ptr += b * stride_vb + h * stride_vh
@@ -77,14 +99,22 @@ def _compact_kernel(
     out_values_ptr += b * stride_ovb + h * stride_ovh
     for start in tl.static_range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        mask = mask_s[:, None] & (offs_d < D)[None, :]
-        row = tl.load(keys_ptr + source[:, None] * stride_ks + offs_d[None, :], mask=mask)
-        tl.store(out_keys_ptr + target[:, None] * stride_oks + offs_d[None, :], row, mask=mask)
+        mask = (offs_d < D)[None, :]
+        row = tl.load(
+            keys_ptr + source[:, None] * stride_ks + offs_d[None, :], mask=mask_s[:, None] & mask,
+            other=0.0,
+        )  # fmt: skip
+        row_ptr = out_keys_ptr + target[:, None] * stride_oks + offs_d[None, :]
+        tl.store(row_ptr, row, mask=written[:, None] & mask)
     for start in tl.static_range(0, D_V, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        mask = mask_s[:, None] & (offs_d < D_V)[None, :]
-        row = tl.load(values_ptr + source[:, None] * stride_vs + offs_d[None, :], mask=mask)
-        tl.store(out_values_ptr + target[:, None] * stride_ovs + offs_d[None, :], row, mask=mask)
+        mask = (offs_d < D_V)[None, :]
+        row = tl.load(
+            values_ptr + source[:, None] * stride_vs + offs_d[None, :],
+            mask=mask_s[:, None] & mask, other=0.0,
+        )  # fmt: skip
+        row_ptr = out_values_ptr + target[:, None] * stride_ovs + offs_d[None, :]
+        tl.store(row_ptr, row, mask=written[:, None] & mask)
 
 
 def compact(
@@ -96,11 +126,15 @@ def compact(
     out_keys: Tensor,
     out_values: Tensor,
     out_position: Tensor,
+    score: Tensor | None = None,
+    out_score: Tensor | None = None,
+    first: Tensor | None = None,
+    out_first: Tensor | None = None,
 ) -> None:
     """Copy the kept slots of every list to the front of another store.
 
-    `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < keep_count[b, h]`. Behind that,
-    `out_position` is -1 and `out_keys` and `out_values` keep their content.
+    `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < keep_count[b, h]`. The slots behind that are
+    emptied, positions to -1 and the rest to 0, unless `out_first` is given.
 
     Args:
         keys: `[B, H, C, D]`, float32/float16/bfloat16, last stride 1.
@@ -111,10 +145,15 @@ def compact(
         out_keys: `[B, H, C_out, D]`, as `keys`. Written; shares no memory with the inputs.
         out_values: `[B, H, C_out, D_v]`, as `values`. Written.
         out_position: `[B, H, C_out]` int32. Written.
+        score: `[B, H, C]` float32, or None.
+        out_score: `[B, H, C_out]` float32. Written; given exactly if `score` is.
+        first: `[B, H]` int32 contiguous, first slot of each list where those of a row share C slots
+            (and `keys`, ... are expanded over H). None: every list has C slots of its own.
+        out_first: The same of the other store.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or strides disagree, an output is an input, or an input
-            requires grad.
+        ValueError: Shapes, dtypes, devices or strides disagree, an output is an input, only one of
+            `score` and `out_score` is given, or an input requires grad.
     """
     batch_size, num_heads, capacity, head_dim = keys.shape
     out_capacity, value_dim = out_keys.shape[2], values.shape[-1]
@@ -129,37 +168,55 @@ def compact(
         out_keys=(out_keys, (*lists, out_capacity, head_dim), dtype),
         out_values=(out_values, (*lists, out_capacity, value_dim), dtype),
         out_position=(out_position, (*lists, out_capacity), int32),
+        score=(score, (*lists, capacity), torch.float32),
+        out_score=(out_score, (*lists, out_capacity), torch.float32),
+        first=(first, lists, int32),
+        out_first=(out_first, lists, int32),
     )
+    if (score is None) != (out_score is None):
+        raise ValueError("expected both of score and out_score or neither, got one")
     for source, target in ((keys, out_keys), (values, out_values), (position, out_position)):
         if source.numel() and source.data_ptr() == target.data_ptr():
             raise ValueError("expected outputs in memory of their own, got an input as output")
     if out_capacity == 0 or batch_size * num_heads == 0:
         return
 
-    block_s = 32
+    width, block_s = min(keep.shape[2], out_capacity), 32
+    touched = out_capacity if out_first is None else width
+    ranking, out_ranking = (position, out_position) if score is None else (score, out_score)
+    assert out_ranking is not None
     with torch.cuda.device_of(keys):
-        _compact_kernel[(batch_size * num_heads, triton.cdiv(out_capacity, block_s))](
+        _compact_kernel[(batch_size * num_heads, triton.cdiv(touched, block_s))](
             keys,
             values,
             position,
+            ranking,
             keep,
             keep_count,
             out_keys,
             out_values,
             out_position,
+            out_ranking,
+            starts(first, keep_count),
+            starts(out_first, keep_count),
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
+            *ranking.stride(),
             *keep.stride(),
             *keep_count.stride(),
             *out_keys.stride()[:3],
             *out_values.stride()[:3],
             *out_position.stride(),
+            *out_ranking.stride(),
             num_heads,
-            min(keep.shape[2], out_capacity),
+            width,
             out_capacity,
             D=head_dim,
             D_V=value_dim,
+            HAS_SCORE=score is not None,
+            HAS_FIRST=first is not None,
+            HAS_OUT_FIRST=out_first is not None,
             BLOCK_S=block_s,
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),
             num_warps=4,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.attention.kernels import first_slot, starts
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["evict_lowest"]
@@ -28,6 +29,7 @@ def _evict_lowest_kernel(
     seen_ptr,
     recent_ptr,
     score_ptr,
+    first_ptr,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -54,6 +56,7 @@ def _evict_lowest_kernel(
     D_V: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     MEAN: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -63,8 +66,9 @@ def _evict_lowest_kernel(
     length = tl.load(length_ptr)
     budget = tl.load(budget_ptr + b * stride_ub + h * stride_uh)
     if (length > budget) & (length > num_protected):
-        position_ptr += b * stride_pb + h * stride_ph
-        score_ptr += b * stride_sb + h * stride_sh
+        offset = first_slot(first_ptr, tl.program_id(0), HAS_FIRST)
+        position_ptr += b * stride_pb + h * stride_ph + offset * stride_ps
+        score_ptr += b * stride_sb + h * stride_sh + offset * stride_ss
         seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
         first_recent = seen - tl.load(recent_ptr + b * stride_rb + h * stride_rh)
 
@@ -75,12 +79,12 @@ def _evict_lowest_kernel(
         for start in range(num_protected, length, BLOCK_S):
             slot = start + tl.arange(0, BLOCK_S)
             mask = slot < length
-            offset = slot.to(tl.int64)
-            position = tl.load(position_ptr + offset * stride_ps, mask=mask, other=_INT_MAX)
+            wide = slot.to(tl.int64)
+            position = tl.load(position_ptr + wide * stride_ps, mask=mask, other=_INT_MAX)
             candidate = mask & (position < first_recent)
             better = candidate & (position < best_position)
             if HAS_SCORE:
-                score = tl.load(score_ptr + offset * stride_ss, mask=mask, other=float("inf"))
+                score = tl.load(score_ptr + wide * stride_ss, mask=mask, other=float("inf"))
                 if MEAN:
                     score = tl.div_rn(score, (seen - position).to(tl.float32))
                 better = (candidate & (score < best_score)) | ((score == best_score) & better)
@@ -97,8 +101,8 @@ def _evict_lowest_kernel(
             # If the victim is the last slot, its row is copied onto itself.
             source = last.to(tl.int64)
             target = victim.to(tl.int64)
-            keys_ptr += b * stride_kb + h * stride_kh
-            values_ptr += b * stride_vb + h * stride_vh
+            keys_ptr += b * stride_kb + h * stride_kh + offset * stride_ks
+            values_ptr += b * stride_vb + h * stride_vh + offset * stride_vs
             for first in tl.static_range(0, D, BLOCK_D):
                 offs_d = first + tl.arange(0, BLOCK_D)
                 mask_d = offs_d < D
@@ -133,6 +137,7 @@ def evict_lowest(
     score: Tensor | None = None,
     num_protected: int = 0,
     mean: bool = False,
+    first: Tensor | None = None,
 ) -> None:
     """Evict one slot from every list that is longer than its budget.
 
@@ -154,6 +159,8 @@ def evict_lowest(
         num_protected: Leading slots that are never evicted, `>= 0`.
         mean: Rank by `score / (seen - position)`, the score per column since the slot was filled.
             Moves `score` all the same. Ignored without `score`.
+        first: `[B, H]` int32 contiguous, first slot of each list where those of a row share C slots
+            (and `keys`, ... are expanded over H). None: every list has C slots of its own.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or
@@ -171,6 +178,7 @@ def evict_lowest(
         seen=(seen, lists, int32),
         recent=(recent, lists, int32),
         score=(score, (*lists, capacity), torch.float32),
+        first=(first, lists, int32),
     )
     if num_protected < 0:
         raise ValueError(f"num_protected must be >= 0, got {num_protected}")
@@ -188,6 +196,7 @@ def evict_lowest(
             seen,
             recent,
             ranking,
+            starts(first, length),
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
@@ -202,6 +211,7 @@ def evict_lowest(
             D_V=value_dim,
             HAS_SCORE=score is not None,
             MEAN=mean and score is not None,
+            HAS_FIRST=first is not None,
             BLOCK_S=min(triton.next_power_of_2(capacity), 2048),
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 1024),
             num_warps=8,
