@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, cudnn_sdp_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _MAX_SCORES = 1 << 26
@@ -21,7 +22,7 @@ _CUDNN_QUERIES = 32768
 length (H100)."""
 
 _CUDNN_FIRST = {
-    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: cudnn_sdp_enabled,
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
     SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
     SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
@@ -41,6 +42,37 @@ def prefers_torch(
     half = query.dtype in (torch.float16, torch.bfloat16)
     suited = not _FEW_QUERIES < query.shape[2] < _CUDNN_QUERIES
     return query.is_cuda and half and plain and suited
+
+
+def cudnn_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Say whether `cudnn_attention` takes these and is the fastest there is."""
+    if not query.is_cuda or query.shape[2] < _CUDNN_QUERIES or torch.compiler.is_compiling():
+        return False
+    grouped = key.shape[1] != query.shape[1]
+    params = SDPAParams(query, key, value, None, 0.0, True, grouped)
+    return cudnn_sdp_enabled() and can_use_cudnn_attention(params)
+
+
+def cudnn_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend causally through cuDNN, which has the softmax denominators at hand.
+
+    torch offers these in no public function.
+
+    Args:
+        query: `[B, H, S, D]`, float16 or bfloat16; needs `cudnn_serves`.
+        key: `[B, H_kv, S, D]`, as `query`.
+        value: `[B, H_kv, S, D]`, as `query`.
+        scale: Factor on the logits.
+
+    Returns:
+        `[B, S, H, D]`, contiguous, query dtype, and `[B, H, S]` float32, the natural log of the
+        denominators.
+    """
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_ = attend(query, key, value, None, True, is_causal=True, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.view(query.shape[:3])
 
 
 def dense_attention(

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from patchkit.attention.dense import dense_attention, prefers_torch
+from patchkit.attention.dense import (
+    cudnn_attention,
+    cudnn_serves,
+    dense_attention,
+    prefers_torch,
+)
 from patchkit.attention.eviction import Attended, refuse_custom_mask
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.attention.store_layer import StoreLayer
@@ -188,21 +193,25 @@ def _attend_store(
     q_len, groups = query.shape[2], query.shape[1] // key.shape[1]
     causal = layer.unmasked(q_len) == "causal"
     custom = attention_mask is not None and attention_mask.ndim == 4
-    if custom and policy is not None and policy.scored:
+    scored = policy is not None and policy.scored
+    if custom and scored:
         refuse_custom_mask()  # the model's own; `KVStore.begin` has refused the caller's
     lse, visible = None, None
-    needs_lse = policy is not None and policy.needs_lse(q_len)
+    by_torch = causal and prefers_torch(query, value, **options)
+    with_lse = scored and by_torch and cudnn_serves(query, key, value)
+    if by_torch and not with_lse:
+        by_torch = policy is None or not policy.needs_lse(q_len)
     if custom:
         visible = _mask_of_columns(attention_mask, layer)
-    elif layer.first is None and (
-        backend.choose(layer.device) == "reference"
-        or (causal and not needs_lse and prefers_torch(query, value, **options))
-    ):
+    elif layer.first is None and (by_torch or backend.choose(layer.device) == "reference"):
         visible = layer.visibility(q_len)
     keys, values, position = layer.lists()
     if key.data_ptr() != layer.keys.data_ptr():  # MLA: expanded from the latent slots
         keys, values, position = key, value, position[:, :, : key.shape[2]]
-    if visible is not None:
+    if visible == "causal" and with_lse:
+        backend.calls["dense_attention", "torch"] += 1
+        out, lse = cudnn_attention(query, key, value, scale=options["scale"])
+    elif visible is not None:
         mask = visible if isinstance(visible, Tensor) else None
         backend.calls["dense_attention", "torch"] += 1
         out = dense_attention(
@@ -210,7 +219,7 @@ def _attend_store(
         )
     else:
         held = (query, keys, values, position, layer.length, layer.seen)
-        if needs_lse:
+        if scored:
             lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         kernel = {**options, "sliding_window": layer.sliding_window, "lse": lse}
         few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
@@ -220,7 +229,7 @@ def _attend_store(
             kernel |= {"behind": layer.behind, "ordered": layer.ordered}
         op = "decode_attention" if few else "prefill_attention"
         out = backend.run("attention", op, layer.device, *held, **kernel)
-    if policy is not None and policy.scored:
+    if policy is not None and scored:
         masking = {name: options[name] for name in ("scale", "softcap")}
         masking["sliding_window"] = layer.sliding_window
         policy.observe(layer, Attended(query, keys, position, lse, masking, options["sinks"]))

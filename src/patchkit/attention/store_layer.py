@@ -419,8 +419,8 @@ class StoreLayer(CacheLayerMixin):
         None where padding, a window or evicted tokens decide what is seen.
         """
         within_window = self.sliding_window is None or self.filled <= self.sliding_window
-        if not self.ragged and not self._per_head and within_window:
-            if q_len == 1:
+        if not self.ragged and within_window:
+            if q_len == 1 and not self._per_head:
                 return "all"
             if q_len == self.filled == self.columns:
                 return "causal"
