@@ -21,16 +21,18 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from bench_generate import call
 from harness import copy_rate, device_name, record, time_ms
 from models import load
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import patchkit
+from patchkit.attention.dense import cudnn_attention, cudnn_serves
 from patchkit.attention.eviction import Attended
 from patchkit.attention.kernels.prefill_attention import prefill_attention
 from patchkit.attention.store_layer import StoreLayer
@@ -79,8 +81,18 @@ def make_layer(
         layer.length.copy_(full)
 
     masking = {"scale": DIM**-0.5, "softcap": None, "sliding_window": None}
-    attended = Attended(query, layer.keys, layer.position, None, masking, None)
-    return layer, attended, undo
+    _, lse = attend(layer, query)
+    return layer, Attended(query, layer.keys, layer.position, lse, masking, None), undo
+
+
+def attend(layer: StoreLayer, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend as a prompt does whose tokens are scored; return the softmax denominators too."""
+    filled = (layer.keys[:, :, : layer.filled], layer.values[:, :, : layer.filled])
+    if cudnn_serves(query, *filled):
+        return cudnn_attention(query, *filled, scale=DIM**-0.5)
+    lse = torch.empty(query.shape[:3], device="cuda")
+    held = (query, *layer.lists(), layer.length, layer.seen)
+    return prefill_attention(*held, scale=DIM**-0.5, ordered=True, lse=lse), lse
 
 
 def bench_cut(model: PreTrainedModel, lengths: list[int], budget: int, kvpress: str | None) -> None:
@@ -103,14 +115,13 @@ def bench_cut(model: PreTrainedModel, lengths: list[int], budget: int, kvpress: 
 def column_sums(model, config, length, budget, repeats) -> None:
     """H2O: the sums come on top of the forward attention, which yields the denominators."""
     layer, attended, undo = make_layer(model, patchkit.H2O(budget=budget), length)
-    lse = torch.empty(1, HEADS, length, device="cuda")
-    held = (attended.query, layer.keys, layer.values, layer.position, layer.length, layer.seen)
-    options = {"scale": DIM**-0.5, "ordered": True}
-    plain = time_ms(lambda: prefill_attention(*held, **options), repeats)
-    record("eviction", config, "patchkit", "forward attention", "ms", plain)
-    with_lse = time_ms(lambda: prefill_attention(*held, **options, lse=lse), repeats)
-    record("eviction", config, "patchkit", "forward attention with lse", "ms", with_lse)
-    attended = replace(attended, lse=lse)
+    filled = (layer.keys[:, :, : layer.filled], layer.values[:, :, : layer.filled])
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        plain = time_ms(lambda: F.scaled_dot_product_attention(
+            attended.query, *filled, is_causal=True, enable_gqa=True), repeats)  # fmt: skip
+    record("eviction", config, "cuDNN", "forward attention", "ms", plain)
+    times = time_ms(lambda: attend(layer, attended.query), repeats)
+    record("eviction", config, "patchkit", "forward attention with lse", "ms", times)
     times = queued_ms(lambda: layer.policy.observe(layer, attended), undo, repeats)
     record("eviction", config, "H2O", "score", "ms", times)
     times = queued_ms(lambda: layer.policy.evict_many(layer), undo, repeats)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchkit.attention import reference
+from patchkit.attention.dense import cudnn_attention, cudnn_serves
 from patchkit.attention.kernels.attention_lse import attention_lse
 from patchkit.attention.kernels.attention_mass import attention_mass
 from patchkit.attention.kernels.decode_attention import decode_attention
@@ -141,6 +142,22 @@ def test_a_long_prompt_equals_the_reference() -> None:
     torch.testing.assert_close(entropy, other, **close)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-3)
+
+
+def test_cudnn_yields_the_denominators() -> None:
+    query = random((1, 4, 32768, 128), 1, torch.bfloat16, "cuda")
+    key, value = (random((1, 2, 32768, 128), seed, torch.bfloat16, "cuda") for seed in (2, 3))
+    if not cudnn_serves(query, key, value):
+        pytest.skip("cuDNN attends on this GPU no faster")
+    out, lse = cudnn_attention(query, key, value, scale=0.2)
+    position = torch.arange(32768, device="cuda", dtype=torch.int32).expand(1, 2, -1)
+    length = torch.full((1, 2), 32768, device="cuda", dtype=torch.int32)
+    want_lse = torch.full_like(lse, torch.nan)
+    want = prefill_attention(
+        query, key, value, position, length, length, scale=0.2, ordered=True, lse=want_lse
+    )
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
 
 
 def test_a_scored_step_can_be_captured() -> None:

@@ -152,6 +152,23 @@ def _select_top_kernel(
     lowest = tl.full((), _MIN_KEY, tl.int64)
     highest = tl.full((), _MAX_KEY, tl.int64)
     inside, need = length, count
+    if FROM_SLOTS:
+        # Protected slots and scores lie far apart: bins over both would be wasted.
+        protected = tl.zeros((), tl.int32)
+        for start in range(0, length, BLOCK_S):
+            slot = start + offs
+            live = slot < length
+            key = _load_keys(
+                score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent,
+                num_sinks, HAS_SCORE, MEAN,
+            )  # fmt: skip
+            protected += tl.sum((live & (key >= _PROTECTED)).to(tl.int32), axis=0)
+        if count > protected:
+            highest = tl.full((), _PROTECTED - 1, tl.int64)
+            inside, need = length - protected, count - protected
+        else:
+            lowest = tl.full((), _PROTECTED, tl.int64)
+            inside = protected
     searching = count > 0
     while searching:
         # Shrink the interval to the keys it holds.
