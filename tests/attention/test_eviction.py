@@ -473,7 +473,21 @@ def test_heads_share_the_slots_of_their_row():
     assert positions(store) != positions(twin)
 
 
-def test_equal_heads_share_equally():
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_heads_that_score_alike_share_to_the_last_token(backend):
+    model = build(groups=1, layers=2, dtype=torch.float32)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            weight = projection.weight.data
+            weight.copy_(weight[: len(weight) // 4].repeat(4, 1))
+    ids, valid = stream([40, 27], 2)
+    with patchkit.patched(model, AdaKV(budget=15, **SNAP), backend=backend):
+        *_, (_, store) = feed(model, ids, valid, [40, 1, 1])
+    for layer in store.store_layers:
+        assert layer.length.sum(1).eq(60).all() and layer.length.max() <= 16
+
+
+def test_a_floor_of_one_is_snapkv():
     method = AdaKV(budget=16, floor=1.0, **SNAP)
     ids, valid = stream([40, 21], 6)
     with patchkit.patched(build(), method) as model:
