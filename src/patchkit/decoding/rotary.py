@@ -193,10 +193,9 @@ def find_formula(function: Callable[..., Any], wider: bool) -> Rotary | None:
 
 
 def _computes(formula: Rotary, args: tuple[Tensor, ...], results: Any) -> bool:
-    _, _, cos, _ = args
-    if not isinstance(results, tuple) or reference.rotated_elements(cos, formula.table) > 16:
+    if not isinstance(results, tuple) or len(results) != 2:
         return False
-    return len(results) == 2 and all(
+    return reference.rotary_fits(*args, table=formula.table) and all(
         got.dtype == want.dtype and got.stride() == want.stride() and torch.equal(got, want)
         for got, want in zip(results, reference.rotary(*args, **vars(formula)), strict=True)
     )
