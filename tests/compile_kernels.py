@@ -143,6 +143,7 @@ def decoding(dtype: torch.dtype) -> None:
     from patchkit.decoding.kernels.gated_activation import gated_activation
     from patchkit.decoding.kernels.logit_wave import logit_wave
     from patchkit.decoding.kernels.rms_norm import rms_norm
+    from patchkit.decoding.kernels.rotary import rotary
 
     for rows, dim in ((1, 576), (3000, 4096)):
         x = torch.zeros(rows, dim, dtype=torch.bfloat16)
@@ -150,6 +151,17 @@ def decoding(dtype: torch.dtype) -> None:
         rms_norm(x, x[0], eps=1e-6, offset=1.0)
         for activation in ("silu", "gelu_tanh"):
             gated_activation(x, x, activation=activation)
+    for tokens, width, options in (
+        (1, 128, {}),
+        (2000, 128, {}),
+        (2000, 128, {"wide": True}),
+        (1, 96, {"interleaved": True}),
+        (1, 64, {"table": "half"}),
+    ):
+        for kind in (torch.bfloat16, torch.float32):
+            q = torch.zeros(2, tokens, 32, 128, dtype=kind).transpose(1, 2)
+            cos = torch.zeros(1, tokens, width, dtype=kind)
+            rotary(q, q[:, :8], cos, cos, **options)
     logits = torch.zeros(2, 1000, dtype=dtype)
     ids = torch.tensor([1, 2, 3])
     step, ended = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from patchkit import configs, generation
 from patchkit.attention import interface
 from patchkit.backends import Backend, BackendName
-from patchkit.decoding import fused
+from patchkit.decoding import fused, rotary
 from patchkit.errors import MethodConflictError, NoMatchingModuleError, UnsupportedModelError
 from patchkit.families import inspect_model, unwrap
 from patchkit.method import Method, as_method, registry
@@ -119,7 +119,8 @@ def _install(model: PreTrainedModel, patch: Patch) -> None:
     for name, module in family.attention.items():
         journal.set(module, "_patchkit", patch, label=name)
         journal.set(module, "extra_repr", MethodType(_extra_repr, module), label=name)
-    patch.fused = fused.install(family, patch.backend, journal)
+    for part in (fused, rotary):
+        patch.fused |= part.install(family, patch.backend, journal)
     journal.pre_hook(family.decoder, interface.before_decoder, label=family.decoder_name)
     journal.set(model, "generate", MethodType(generation.generate, model), label="model")
     prepare = MethodType(generation.prepare_cache_for_generation, model)
@@ -149,6 +150,7 @@ def restore(model: ModelT) -> ModelT:
     if patch is not None:
         patch.journal.undo()
         fused.remove_copies(inner)
+        rotary.remove_copies(inner)
         configs.hand_back(patch.configs)
     return model
 

@@ -49,15 +49,17 @@ def fingerprint(model: PreTrainedModel) -> Hashable:
 
     That is the address and layout of every parameter and buffer, every plain attribute of every
     module (training flags, adapter scales, a RoPE length regime) and of the objects they hold, the
-    values of the configuration, the code of every forward, torch's global switches, and the
-    identity of everything else (hooks, replaced forwards). Values of tensors are not part of it: a
-    replay reads them.
+    values of the configuration, the code of every forward and of the rotary embedding in it, the
+    global switches of torch, and the identity of everything else (hooks, replaced forwards). Values
+    of tensors are not part of it: a replay reads them.
     """
     # One flat list of atoms: nested tuples would be many objects for the garbage collector to walk.
     atoms: list[Any] = list(_switches())
     _note(atoms, vars(model.config.get_text_config(decoder=True)))
     for module in model.modules():
         atoms += (_Same(module), type(module), type(module).forward)
+        if (rotary := vars(module).get("_patchkit_rotary")) is not None:
+            atoms.append(_Same(rotary.current))
         for name, value in vars(module).items():
             if name not in _NOT_READ:
                 atoms.append(name)

@@ -122,7 +122,7 @@ def test_every_family_is_fused_as_far_as_its_formulas_go(family):
     fused = patchkit.report(model).fused
     assert all(n == total for what, (n, total) in fused.items() if what == "norms")
     if family == "llama":
-        assert fused == {"norms": (5, 5), "MLPs": (2, 2)}
+        assert fused == {"norms": (5, 5), "MLPs": (2, 2), "rotary embeddings": (2, 2)}
         assert "5 of 5 norms, 2 of 2 MLPs" in str(patchkit.report(model))
         assert "eps=1e-06, patchkit" in repr(model)
 

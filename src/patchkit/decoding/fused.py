@@ -83,15 +83,18 @@ class Fused:
         """Say whether a kernel computes this call."""
         if len(args) != 1 or kwargs or type(module).forward is not self.forward:
             return False
-        (x,) = args
-        return (
-            self.backend.choose(x.device) == "triton"
-            and x.dtype in _DTYPES
-            and not module.training
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-        )
+        return not module.training and kernels_serve(self.backend, args[0])
+
+
+def kernels_serve(backend: Backend, x: Tensor) -> bool:
+    """Say whether a kernel may compute something of `x` here and now."""
+    return (
+        backend.choose(x.device) == "triton"
+        and x.dtype in _DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -119,7 +122,7 @@ def gated_mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     fused: Fused = self.__dict__["_patchkit"]
     formula, act_fn = fused.formula, self.act_fn
     assert isinstance(formula, GatedMLP)
-    own = type(act_fn) is not formula.act_fn or not _untouched(act_fn)
+    own = type(act_fn) is not formula.act_fn or not untouched(act_fn)
     if own or not fused.serves(self, args, kwargs):
         return type(self).forward(self, *args, **kwargs)
     (x,) = args
@@ -149,10 +152,10 @@ def _gated_mlp_rows(self: nn.Module, backend: Backend, activation: str, x: Tenso
 
 
 def _plain_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and _untouched(module)
+    return type(module) is nn.Linear and untouched(module)
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """Say whether calling a module runs the forward of its class and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return not (hooks or global_hooks())
@@ -248,7 +251,8 @@ class _Given(nn.Module):
         return self._result.clone()
 
 
-def _random(generator: torch.Generator, *shape: int) -> Tensor:
+def random_input(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw a bfloat16 tensor on the CPU."""
     return torch.randn(*shape, generator=generator).to(torch.bfloat16)
 
 
@@ -265,8 +269,8 @@ def _norm(module: nn.Module) -> Norm | None:
     if set(weights) != {"weight"} or weights["weight"] is None or not names:
         return None
     generator = torch.Generator().manual_seed(0)
-    weight = _random(generator, *weights["weight"].shape)
-    x = 0.01 * _random(generator, 4, *weight.shape)  # small enough for the epsilon to matter
+    weight = random_input(generator, *weights["weight"].shape)
+    x = 0.01 * random_input(generator, 4, *weight.shape)  # small enough for the epsilon to matter
     twin = _stand_in(module, _parameters={"weight": nn.Parameter(weight)})
     expected = type(module).forward(twin, x)
     for offset, round_first in ((0.0, True), (0.0, False), (1.0, False)):
@@ -282,8 +286,8 @@ def _gated_mlp(module: nn.Module) -> GatedMLP | None:
     if set(module._modules) != parts or module._parameters:
         return None
     generator = torch.Generator().manual_seed(0)
-    x = _random(generator, 4, 16)
-    gate, up = 4 * _random(generator, 4, 48), _random(generator, 4, 48)
+    x = random_input(generator, 4, 16)
+    gate, up = 4 * random_input(generator, 4, 48), random_input(generator, 4, 48)
     act_fn = module.act_fn
     held = {
         "gate_proj": _Given(x, gate),

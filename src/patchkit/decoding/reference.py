@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,93 @@ def gated_activation(
     """
     product = ACTIVATIONS[activation](gate) * up
     return product if out is None else out.copy_(product)
+
+
+Table = Literal["full", "half", "first half"]
+"""Which column of `cos` and `sin` belongs to which element of a head, see `rotary`."""
+
+
+def rotated_elements(cos: Tensor, table: Table) -> int:
+    """Return how many elements of a head `rotary` rotates."""
+    return cos.shape[-1] * (2 if table == "half" else 1)
+
+
+def rotary_fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, table: Table) -> bool:
+    """Say whether arguments have the shapes, dtypes and strides that `rotary` asks for."""
+    if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3:
+        return False
+    batch_size, _, tokens, dim = q.shape
+    rotated = rotated_elements(cos, table)
+    return (
+        (k.shape[0], *k.shape[2:]) == (batch_size, tokens, dim)
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, batch_size)
+        and cos.shape[1] == tokens
+        and rotated <= dim
+        and rotated % 2 == 0
+        and q.stride(-1) == k.stride(-1) == 1
+        and q.dtype == k.dtype
+        and cos.dtype == sin.dtype
+        and cos.dtype in (q.dtype, torch.float32)
+        and q.device == k.device == cos.device == sin.device
+    )
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    table: Table = "full",
+    wide: bool = False,
+    contiguous: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotate pairs of elements of queries and keys: `(x, y)` to `(x cos - y sin, y cos + x sin)`.
+
+    Args:
+        q: `[B, H_q, S, D]`, any float dtype, last stride 1.
+        k: `[B, H_k, S, D]`, as `q`.
+        cos: `[B or 1, S, W]`, as `q` or float32, any strides.
+        sin: As `cos`.
+        interleaved: Whether neighbours are a pair, or else element i of the first half of the R
+            rotated ones and element i of the second half. Elements behind the first R pass through.
+        table: `"full"`: R = W, column i belongs to element i. `"half"`: R = 2 W, column i belongs
+            to both elements of pair i. `"first half"`: R = W, and the second half of the columns is
+            not read; the first is as in `"half"`.
+        wide: Compute in float32, or else round each product to the dtype that torch promotes to.
+        contiguous: Lay the results out as `[B, H, S, D]`, or else as `q` and `k` are.
+
+    Returns:
+        The rotated `q` and `k`, in their dtype.
+
+    Source: RoFormer, arXiv 2104.09864. Differs: none.
+    """
+    rotated = rotated_elements(cos, table)
+    if table != "full":
+        cos, sin = (t[..., : rotated // 2] for t in (cos, sin))
+        cos, sin = (
+            t.repeat_interleave(2, dim=-1) if interleaved else torch.cat((t, t), dim=-1)
+            for t in (cos, sin)
+        )
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotate(x: Tensor) -> Tensor:
+        layout = torch.contiguous_format if contiguous else torch.preserve_format
+        out = x.clone(memory_format=layout)
+        x = x[..., :rotated]
+        if wide:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if interleaved:
+            turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        else:
+            first, second = x.chunk(2, dim=-1)
+            turned = torch.cat((-second, first), dim=-1)
+        out[..., :rotated] = x * cos + turned * sin
+        return out
+
+    return rotate(q), rotate(k)
 
 
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:
