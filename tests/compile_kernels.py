@@ -142,6 +142,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 def decoding(dtype: torch.dtype) -> None:
     from patchkit.decoding.kernels.gated_activation import gated_activation
     from patchkit.decoding.kernels.logit_wave import logit_wave
+    from patchkit.decoding.kernels.matvec import matvec
     from patchkit.decoding.kernels.rms_norm import rms_norm
     from patchkit.decoding.kernels.rotary import rotary
 
@@ -149,6 +150,7 @@ def decoding(dtype: torch.dtype) -> None:
         x = torch.zeros(rows, dim, dtype=torch.bfloat16)
         rms_norm(x, x[0], eps=1e-6, round_first=True)
         rms_norm(x, x[0], eps=1e-6, offset=1.0)
+        matvec(x[0], x, x[:, 0].contiguous())
         for activation in ("silu", "gelu_tanh"):
             gated_activation(x, x, activation=activation)
     for tokens, width, options in (

@@ -7,7 +7,8 @@
 SmolLM2-135M-Instruct answers real prompts greedily, with the end token barred so that each gives
 the same number of comparisons. Three providers see identical left-padded batches: transformers with
 sdpa, which is the reference; transformers with eager attention, which shows how often two correct
-attentions part company; and patchkit. The rows:
+attentions part company; and patchkit. It also answers the first `--alone` prompts of every batch
+one by one, where its steps use other kernels. The rows:
 
 - `diverging prompts`: share of prompts with any token unlike the reference's. Here p20, p50 and p80
   are not percentiles: they hold the low end, the point and the high end of Wilson's 95 % interval.
@@ -31,6 +32,7 @@ import argparse
 import copy
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ from patchkit import demo
 from patchkit.compat import CACHE_KEYWORD
 
 SDPA, EAGER, OURS = "transformers sdpa", "transformers eager", "patchkit"
+ALONE = "patchkit, row by row"
 FACTOR = 2.0
 
 
@@ -56,14 +59,14 @@ class Findings:
     """What the run has found so far.
 
     Attributes:
-        prompts: Answered by every provider.
+        prompts: Answered by each provider.
         gaps: Those of all diverging prompts, by provider.
         errors: Of the logits, by provider.
         unused: What patchkit should have used on a GPU and has not.
     """
 
-    prompts: int = 0
-    gaps: dict[str, list[float]] = field(default_factory=lambda: {EAGER: [], OURS: []})
+    prompts: Counter[str] = field(default_factory=Counter)
+    gaps: dict[str, list[float]] = field(default_factory=lambda: {EAGER: [], OURS: [], ALONE: []})
     errors: dict[str, ErrorScale] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
@@ -74,7 +77,10 @@ class Findings:
         figures = [
             ("largest logit error", ours.largest, theirs.largest),
             ("99.9th percentile of the logit errors", *p999),
-            ("largest gap at a first divergence", max(self.gaps[OURS], default=0), theirs.largest),
+            *(
+                (f"largest gap, {who}", max(self.gaps[who], default=0), theirs.largest)
+                for who in (OURS, ALONE)
+            ),
         ]
         return self.unused + [
             f"{name}: {figure:.4g}, allowed {FACTOR:g} x {scale:.4g}"
@@ -205,7 +211,7 @@ class Sequences:
 
 
 def compare_tokens(
-    model: PreTrainedModel, inputs: Any, new_tokens: int, findings: Findings
+    model: PreTrainedModel, inputs: Any, new_tokens: int, alone: int, findings: Findings
 ) -> Tensor:
     """Answer one batch with every provider; return prompts and answers of the reference."""
     with transformers_with(model, "sdpa"):
@@ -214,13 +220,17 @@ def compare_tokens(
         others = {EAGER: answer(model, inputs, new_tokens).sequences}
     with patchkit.patched(model):
         others[OURS] = answer(model, inputs, new_tokens).sequences
+        rows = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(others[OURS]))]
+        singles = [answer(model, row, new_tokens).sequences for row in rows[:alone]]
+        if singles:
+            others[ALONE] = torch.cat(singles)
         if model.device.type == "cuda":
             findings.look_at(patchkit.report(model), replays=True)
     expected = reference.sequences[:, -new_tokens:].cpu()
     for provider, sequences in others.items():
-        found = gaps(expected, sequences[:, -new_tokens:].cpu(), reference.logits)
-        findings.gaps[provider] += found
-    findings.prompts += len(expected)
+        tokens = sequences[:, -new_tokens:].cpu()
+        findings.gaps[provider] += gaps(expected[: len(tokens)], tokens, reference.logits)
+        findings.prompts[provider] += len(tokens)
     return reference.sequences
 
 
@@ -241,7 +251,9 @@ def record_all(config: str, findings: Findings) -> None:
         record("exactness", config, provider, metric, unit, list(values))
 
     for provider, found in findings.gaps.items():
-        low, share, high = wilson(len(found), findings.prompts)
+        if not findings.prompts[provider]:
+            continue
+        low, share, high = wilson(len(found), findings.prompts[provider])
         # The 20th, 50th and 80th percentile of these five are the three figures.
         row(provider, "diverging prompts", "share", low, low, share, high, high)
         if found:
@@ -255,12 +267,12 @@ def record_all(config: str, findings: Findings) -> None:
 
 def table(findings: Findings) -> str:
     lines = [f"{'':<20}{'diverging (95 % CI)':<28}{'gap median, max':<20}error p99.9, max"]
-    for provider in (SDPA, EAGER, OURS):
+    for provider in (SDPA, EAGER, OURS, ALONE):
         share = gap = error = "-"
-        if provider in findings.gaps:
+        if total := findings.prompts[provider] if provider in findings.gaps else 0:
             found = findings.gaps[provider]
-            low, _, high = wilson(len(found), findings.prompts)
-            share = f"{len(found)} of {findings.prompts} ({low:.1%} to {high:.1%})"
+            low, _, high = wilson(len(found), total)
+            share = f"{len(found)} of {total} ({low:.1%} to {high:.1%})"
             gap = f"{median(found):.4g}, {max(found):.4g}" if found else "-"
         if provider in findings.errors:
             scale = findings.errors[provider]
@@ -280,6 +292,7 @@ def main() -> int:
     parser.add_argument(
         "--error-prompts", type=int, default=40, help="of the first batch, for the logit errors"
     )
+    parser.add_argument("--alone", type=int, default=30, help="of each batch, also one by one")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -295,7 +308,7 @@ def main() -> int:
     for start in range(0, args.prompts, args.batch_size):
         batch = prompts[start : start + args.batch_size]
         inputs = encode(tokenizer, batch).to(args.device)
-        answered = compare_tokens(model, inputs, args.new_tokens, findings)
+        answered = compare_tokens(model, inputs, args.new_tokens, args.alone, findings)
         if sequences is None:
             some = slice(args.error_prompts)
             sequences = Sequences(answered[some], inputs["attention_mask"][some])

@@ -202,7 +202,7 @@ def _step(
         if rows == batch_size and width >= limit and taken.choice.ids.device == model.device:
             return taken
     choice = TokenChoice(batch_size, math.ceil(limit / BUCKET) * BUCKET, model.device)
-    return StepGraph(model, store, choice, patch.graphs)
+    return StepGraph(model, store, choice, patch.graphs, patch.backend)
 
 
 def _limit(criteria: StoppingCriteriaList, prompt_length: int) -> int | None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
+from patchkit.backends import Backend
+from patchkit.decoding.streaming import StreamedLinears
 from patchkit.token_choice import TokenChoice
 
 RESERVE = 1024
@@ -199,6 +201,7 @@ class StepGraph:
         store: Its cache.
         choice: Chooses tokens; its `token` is the input of every step.
         pool: Shared by the graphs of the model.
+        backend: Runs the kernels that serve only a step.
 
     Attributes:
         logits: `[B, V]` float32 of the latest step.
@@ -207,10 +210,16 @@ class StepGraph:
     logits: Tensor
 
     def __init__(
-        self, model: PreTrainedModel, store: KVStore, choice: TokenChoice, pool: GraphPool
+        self,
+        model: PreTrainedModel,
+        store: KVStore,
+        choice: TokenChoice,
+        pool: GraphPool,
+        backend: Backend,
     ) -> None:
         self.store, self.choice = store, choice
-        self._model, self._pool = model, pool
+        self._model, self._pool, self._backend = model, pool, backend
+        self._single = choice.token.shape[0] == 1 and choice.token.is_cuda
         self._inputs: dict[str, Any] = {}
         self._position: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -260,7 +269,8 @@ class StepGraph:
         self.choice.choose(self.logits)
 
     def _forward(self) -> None:
-        outputs = self._model(**self._inputs, return_dict=True)
+        with StreamedLinears(self._backend) if self._single else contextlib.nullcontext():
+            outputs = self._model(**self._inputs, return_dict=True)
         self.logits = outputs.logits[:, -1].to(torch.float32, copy=True)
         assert self._position is not None
         self._position += 1

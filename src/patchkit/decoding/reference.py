@@ -150,6 +150,22 @@ def rotary(
     return rotate(q), rotate(k)
 
 
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map one vector as `torch.nn.functional.linear` does, with sums in float32 or wider.
+
+    Args:
+        x: `[..., K]`, one vector, any float dtype.
+        weight: `[N, K]`, as `x`.
+        bias: `[N]`, as `x`, or None.
+
+    Returns:
+        `[..., N]`, in the dtype of `x`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    result = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return result.to(x.dtype)
+
+
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:
     """Compute the triangular wave of CyclicReflex at `step`.
 
