@@ -59,7 +59,12 @@ def oracle(x, cos, sin, interleaved, table):
 def same_bits(got, want):
     """Compare results; the interpreter cuts bfloat16 off where a GPU rounds to the nearest."""
     for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        assert a.dtype == b.dtype and a.shape == b.shape
+        layouts = [
+            [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+            for x in (a, b)
+        ]
+        assert layouts[0] == layouts[1]
         if DEVICE == "cpu" and a.dtype == torch.bfloat16:
             torch.testing.assert_close(a, b, atol=0.06, rtol=0.03)
         else:
