@@ -178,6 +178,7 @@ def test_operations_refuse_wrong_arguments(
         (attention_lse, "^sinks: expected .* got ", {"sinks": torch.ones(2)}),
         (attention_mass, "^lse: expected .* got ", {"lse": torch.ones(2, 2, 3)}),
         (attention_mass, "^score: expected .* got ", {"score": torch.ones(2, 2, 3)}),
+        (attention_lse, "positive scale, got 0", {"scale": 0}),
         (window_statistics, "^variance: expected .* got ", {"variance": torch.ones(2, 2, 3)}),
         (window_statistics, "2 to 64 queries, got 1", {"query": torch.ones(2, 4, 1, 16)}),
         (window_statistics, "2 to 64 queries, got 65", {"query": torch.ones(2, 4, 65, 16)}),
@@ -211,3 +212,14 @@ def test_few_queries_make_small_blocks() -> None:
     for capacity in (1024, 2048):
         blocks = mass_module._blocks(4, 1, capacity, 8, 128, 2, 227 * 1024)
         assert 132 <= 8 * capacity // blocks["BLOCK_N"] <= 2 * 132
+
+
+def test_programs_end_together() -> None:
+    for num_lists in (1, 2, 7, 8, 16, 24, 64, 131, 200, 300, 2000):
+        programs = num_lists * lse_module.splits(num_lists, 4096)
+        rounds = -(-programs // 264)
+        assert rounds <= 4 or programs == num_lists
+        assert programs >= 0.75 * rounds * 264
+    assert lse_module.splits(8, 4096) == 33
+    assert lse_module.splits(8, 5) == 5
+    assert lse_module.splits(8, 0) == 1
