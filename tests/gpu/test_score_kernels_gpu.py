@@ -12,15 +12,18 @@ from patchkit.attention import reference
 from patchkit.attention.kernels.attention_lse import attention_lse
 from patchkit.attention.kernels.attention_mass import attention_mass
 from patchkit.attention.kernels.decode_attention import decode_attention
+from patchkit.attention.kernels.pool_scores import pool_scores
 from patchkit.attention.kernels.prefill_attention import prefill_attention
 from patchkit.attention.kernels.window_statistics import window_statistics
 
 from ..attention.kernel_cases import DecodeCase, PrefillCase, make_store, random
 from ..attention.score_cases import (
+    PoolCase,
     ScoreCase,
     check_attention_lse,
     check_attention_mass,
     check_decode_lse,
+    check_pool_scores,
     check_prefill_lse,
     check_window_statistics,
 )
@@ -79,6 +82,13 @@ WINDOW = [
 ]
 
 
+POOL = [
+    PoolCase(longest=5000),
+    PoolCase(4, 7, 3001, scale=0.3, count=True),
+    PoolCase(2, 8, 4000, width=1, share=True, in_place=True),
+]
+
+
 @every_dtype
 @pytest.mark.parametrize("case", DECODE_LSE, ids=str)
 def test_decode_attention_writes_lse(case, dtype, monkeypatch) -> None:
@@ -109,6 +119,11 @@ def test_window_statistics(case, dtype, monkeypatch) -> None:
     check_window_statistics(case, dtype, "cuda", monkeypatch)
 
 
+@pytest.mark.parametrize("case", POOL, ids=str)
+def test_pool_scores(case) -> None:
+    check_pool_scores(case, "cuda")
+
+
 def _prompt(q_len: int, num_kv_heads: int, groups: int) -> tuple[Tensor, ...]:
     """Return query, keys and bookkeeping after a prompt, in bfloat16 with D = 128."""
     query = random((1, q_len, num_kv_heads * groups, 128), 1, torch.bfloat16, "cuda")
@@ -135,12 +150,14 @@ def test_a_long_prompt_equals_the_reference() -> None:
     last = query[:, :, -32:]
     last_lse = attention_lse(last, *held, scale=0.1)
     torch.testing.assert_close(last_lse, plain[:, :, -32:], atol=1e-4, rtol=0)
-    got, want = ([torch.zeros_like(score) for _ in range(2)] for _ in range(2))
-    entropy = window_statistics(last, *held, last_lse, *got, scale=0.1)
-    other = reference.window_statistics(last, *held, last_lse, *want, scale=0.1)
-    torch.testing.assert_close(entropy, other, **close)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-3)
+    got, want = (torch.zeros_like(score) for _ in range(2))
+    for gamma, tolerance in ((0.0, 1e-9), (200.0, 1e-7)):
+        options = {"scale": 0.1, "gamma": gamma}
+        sums = window_statistics(last, *held, last_lse, got, **options)
+        other = reference.window_statistics(last, *held, last_lse, want, **options)
+        torch.testing.assert_close(sums[0], other[0], **close)
+        torch.testing.assert_close(sums[1], other[1], atol=0, rtol=1e-3)
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=1e-3)
 
 
 def test_a_scored_step_can_be_captured() -> None:
@@ -164,7 +181,8 @@ def test_a_scored_step_can_be_captured() -> None:
         decode_attention(query, keys, values, position, lengths, seen, **options, lse=lse)
         attention_mass(query, *held, lse, slots[0], decay=0.5, **options)
         result["lse"] = attention_lse(query, *held, **options)
-        result["entropy"] = window_statistics(query, *held, lse, *slots[1:], **options)
+        result["sums"] = window_statistics(query, *held, lse, slots[1], gamma=9.0, **options)
+        pool_scores(slots[1], lengths, slots[2], width=3)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -181,7 +199,9 @@ def test_a_scored_step_can_be_captured() -> None:
         for got in (lse, result["lse"]):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=0, msg=f"step {i}")
         reference.attention_mass(query, *held, lse, expected[0], decay=0.5, **options)
-        entropy = reference.window_statistics(query, *held, lse, *expected[1:], **options)
-        torch.testing.assert_close(result["entropy"], entropy, atol=1e-5, rtol=1e-4)
+        given = (query, *held, lse, expected[1])
+        sums = reference.window_statistics(*given, gamma=9.0, **options)
+        reference.pool_scores(expected[1], lengths, expected[2], width=3)
+        torch.testing.assert_close(result["sums"], sums, atol=1e-5, rtol=1e-3)
         for got, data in zip(slots, expected, strict=True):
             torch.testing.assert_close(got, data, atol=1e-7, rtol=1e-3)
