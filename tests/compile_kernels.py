@@ -63,6 +63,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     from patchkit.attention.kernels.compact import compact
     from patchkit.attention.kernels.decode_attention import decode_attention
     from patchkit.attention.kernels.evict_lowest import evict_lowest
+    from patchkit.attention.kernels.pool_scores import pool_scores
     from patchkit.attention.kernels.prefill_attention import prefill_attention
     from patchkit.attention.kernels.select_top import select_top
     from patchkit.attention.kernels.window_statistics import window_statistics
@@ -108,11 +109,13 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
         if queries in (1, 64):
             attention_lse(last, *listed, scale=0.1, **options)
         if queries in (16, 64):
-            window_statistics(last, *listed, last_lse, score, score, scale=0.1, **options)
+            window_statistics(last, *listed, last_lse, score, scale=0.1, gamma=1.0, **options)
     for queries in (32, 300):
         last, last_lse = chunk[:, :, -queries:], lse[:, :, -queries:]
         attention_mass(last, *listed, last_lse, score, scale=0.1, decay=0.5)
     attention_lse(chunk[:, :, -64:], *listed, scale=0.1, sinks=sinks)
+    pool_scores(score, length, score.clone(), width=5, count=length[:, 0])
+    pool_scores(score, length, score, share=True)
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
     into = (*out, position[:, :, :256].contiguous())

@@ -19,6 +19,7 @@ from patchkit.attention.kernels import (
     attention_lse,
     attention_mass,
     decode_attention,
+    pool_scores,
     prefill_attention,
     window_statistics,
 )
@@ -31,6 +32,7 @@ from .kernel_cases import (
     _prefill_inputs,
     assert_same_bits,
     nan_in_new_memory,
+    ragged,
     random,
 )
 
@@ -304,14 +306,18 @@ def check_attention_mass(
 def check_window_statistics(
     case: ScoreCase, dtype: torch.dtype, device: str, monkeypatch: Any
 ) -> None:
-    """Compare with float64 loops over heads; dead slots and guards keep their NaN."""
+    """Compare with float64 loops over heads; dead slots and guards keep their NaN.
+
+    The means alone, then variances that outweigh them.
+    """
     _set_blocks(case, window_statistics, monkeypatch)
     tensors, options, sinks = _score_inputs(case, dtype, device)
     keys, position, length, seen = tensors[1:]
     lse, weights = _weights_oracle(case, tensors, options, sinks, device)
-    mass = weights.sum((2, 3))
-    variance = torch.zeros_like(mass)
-    entropy = torch.zeros(mass.shape[:2], dtype=torch.float64)
+    shape = weights.shape[:2] + weights.shape[4:]
+    mean, variance, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    sums, limits = (torch.zeros(2, case.batch_size, dtype=torch.float64) for _ in range(2))
+    error = _weight_error(tensors, options, lse)
     for b in range(case.batch_size):
         for h in range(case.num_kv_heads):
             p = position.cpu()[b, 0 if case.shared_positions else h]
@@ -320,25 +326,82 @@ def check_window_statistics(
             for g in range(case.groups):
                 counted = lse[b, h * case.groups + g].cpu() > -torch.inf
                 chosen = weights[b, h, g, counted]
+                if len(chosen) > 0:
+                    mean[b, h] += chosen.mean(0)
                 if len(chosen) > 1:
                     variance[b, h] += chosen.var(0)
+                    squares[b, h] += chosen.square().sum(0) / (len(chosen) - 1)
                 for w in chosen[:, older]:
-                    entropy[b, h] -= torch.where(w > 0, w * w.log(), 0).sum()
-    error = _weight_error(tensors, options, lse)
-    # A weight is off by `error` of itself, so a difference by that of the larger one.
-    spread = weights.square().sum(3) / (case.q_len - 1)
-    magnitude = 4 * spread.sum(2)
+                    sums[0, b] -= torch.where(w > 0, w * w.log(), 0).sum()
+                limits[0, b] += chosen.sum()
+            sums[1, b] += variance[b, h, older].sum()
+            # A weight is off by `error` of itself, so a difference by that of the larger one.
+            limits[1, b] += 4 * error * squares[b, h].sum()
+    limits[0] = error * 2 * (sums[0] + limits[0])  # d(w log w) = (1 + log w) dw
 
-    for name, op in (
-        ("reference", reference.window_statistics),
-        ("kernel", window_statistics.window_statistics),
-    ):
-        buffers, slots = zip(*(_per_slot(case, keys, torch.nan) for _ in range(2)), strict=True)
-        with nan_in_new_memory():
-            got = op(*tensors, lse, *slots, **options)
-        _check_per_slot(f"{name}, mass", buffers[0], mass, length, error * mass)
-        _check_per_slot(f"{name}, variance", buffers[1], variance, length, error * magnitude)
-        assert got.dtype == torch.float32 and got.shape == entropy.shape
-        difference = (got.cpu() - entropy).abs()
-        limit = error * 2 * (entropy + mass.sum(-1)) + 1e-37  # d(w log w) = (1 + log w) dw
-        assert (difference <= limit).all(), f"{name}, entropy: {difference} > {limit}"
+    for gamma in (0.0, 1e6):
+        expected = mean + gamma * variance
+        limit = error * (mean + gamma * 4 * squares)
+        for name, op in (
+            ("reference", reference.window_statistics),
+            ("kernel", window_statistics.window_statistics),
+        ):
+            buffer, slots = _per_slot(case, keys, torch.nan)
+            with nan_in_new_memory():
+                got = op(*tensors, lse, slots, **options, gamma=gamma)
+            _check_per_slot(f"{name}, {gamma=}", buffer, expected, length, limit)
+            assert got.dtype == torch.float32 and got.shape == sums.shape
+            difference = (got.cpu() - sums).abs()
+            assert (difference <= limits + 1e-37).all(), f"{name}: {difference} > {limits}"
+
+
+# --- pool_scores -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolCase:
+    batch_size: int = 2
+    num_heads: int = 2
+    longest: int = 63
+    width: int = 5
+    scale: float = 1.0
+    count: bool = False
+    share: bool = False
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        size = f"B{self.batch_size}-H{self.num_heads}-S{self.longest}-W{self.width}-{self.scale}"
+        flags = ("count", "share", "in_place")
+        return "-".join([size] + [flag for flag in flags if getattr(self, flag)])
+
+
+def check_pool_scores(case: PoolCase, device: str) -> None:
+    """Compare with a float64 loop over slots; dead slots and guards keep their NaN."""
+    lists = (case.batch_size, case.num_heads)
+    length = ragged(case.batch_size, 1 if case.share else case.num_heads, case.longest)
+    length = length.expand(lists).contiguous()
+    capacity = case.longest + 2
+    filled = torch.full((*lists, capacity + _GUARD), torch.nan)
+    count = torch.arange(case.batch_size, dtype=torch.int32) if case.count else None
+    expected, magnitude = (torch.zeros(*lists, capacity, dtype=torch.float64) for _ in range(2))
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in lists)).tolist():
+        n, half = int(length[b, h]), case.width // 2
+        filled[b, h, :n] = random((n,), 10 * b + h, torch.float32) + 1
+        factor = case.scale / case.width / (1 if count is None else max(int(count[b]), 1))
+        for s in range(n):
+            near = filled[b, h, max(s - half, 0) : min(s + half + 1, n)].double()
+            expected[b, h, s] = near.sum() * factor
+            magnitude[b, h, s] = near.abs().sum() * abs(factor)
+    if case.share:
+        expected, magnitude = (
+            x.mean(1, keepdim=True).expand(x.shape) for x in (expected, magnitude)
+        )
+    length = length.to(device)
+    for name, op in (("reference", reference.pool_scores), ("kernel", pool_scores.pool_scores)):
+        score = filled.to(device, copy=True)
+        buffer = score if case.in_place else torch.full_like(score, torch.nan)
+        given = (score[:, :, :capacity], length, buffer[:, :, :capacity])
+        options = {"width": case.width, "scale": case.scale, "share": case.share}
+        assert op(*given, count=None if count is None else count.to(device), **options) is None
+        limit = _EPS * (8 + case.width * case.num_heads) * magnitude
+        _check_per_slot(name, buffer, expected, length, limit)

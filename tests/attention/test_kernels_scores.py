@@ -14,15 +14,18 @@ from patchkit.attention.kernels import window_statistics as window_module
 from patchkit.attention.kernels.attention_lse import attention_lse
 from patchkit.attention.kernels.attention_mass import attention_mass
 from patchkit.attention.kernels.decode_attention import decode_attention
+from patchkit.attention.kernels.pool_scores import pool_scores
 from patchkit.attention.kernels.prefill_attention import prefill_attention
 from patchkit.attention.kernels.window_statistics import window_statistics
 
 from .kernel_cases import DecodeCase, PrefillCase, small_store
 from .score_cases import (
+    PoolCase,
     ScoreCase,
     check_attention_lse,
     check_attention_mass,
     check_decode_lse,
+    check_pool_scores,
     check_prefill_lse,
     check_window_statistics,
 )
@@ -60,6 +63,7 @@ LSE = [
 
 _SMALL = {"BLOCK_N": 16, "HEADS": 1, "TILE_Q": 16}
 _WINDOW = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
+_STATISTICS = {"HEADS": 2, "BLOCK_Q": 32, "BLOCK_N": 16}
 MASS = [
     ScoreCase(groups=1, q_len=1, stored=150),
     ScoreCase(groups=7, q_len=1, decay=0.5, sliding_window=30),
@@ -86,7 +90,21 @@ WINDOW = [
     ScoreCase(groups=7, q_len=33, padding="left", softcap=3.0, sinks=True),
     ScoreCase(groups=2, q_len=64, stored=20, padding="random", head_dim=80),
     ScoreCase(num_kv_heads=3, groups=1, q_len=9, shared_positions=True, ordered=True),
-    ScoreCase(groups=2, q_len=20, stored=14, ordered=True, blocks={"BLOCK_N": 16, "BLOCK_Q": 32}),
+    ScoreCase(groups=2, q_len=20, stored=14, ordered=True, blocks=_STATISTICS),
+    ScoreCase(groups=7, q_len=5, stored=70, blocks=_STATISTICS),  # four launches
+    ScoreCase(groups=4, q_len=32, stored=90, padding="random", blocks=_STATISTICS | {"HEADS": 4}),
+]
+
+POOL = [
+    PoolCase(),
+    PoolCase(width=1, scale=0.3),
+    PoolCase(width=1, scale=0.3, in_place=True),
+    PoolCase(batch_size=3, num_heads=7, longest=601, width=7, scale=-3.0, count=True),
+    PoolCase(num_heads=1, longest=3, width=9),
+    PoolCase(num_heads=5, longest=514, width=1, share=True, in_place=True),
+    PoolCase(num_heads=3, longest=70, width=3, share=True, count=True),
+    PoolCase(longest=512),
+    PoolCase(batch_size=1, num_heads=2, longest=0),
 ]
 
 
@@ -120,6 +138,11 @@ def test_window_statistics_equals_loop(case, dtype, monkeypatch) -> None:
     check_window_statistics(case, dtype, "cpu", monkeypatch)
 
 
+@pytest.mark.parametrize("case", POOL, ids=str)
+def test_pool_scores_equals_loop(case) -> None:
+    check_pool_scores(case, "cpu")
+
+
 def _arguments(*names: str, **change: Any) -> dict[str, Any]:
     store = small_store()
     slots = tuple(store.position.shape)
@@ -132,8 +155,7 @@ def _arguments(*names: str, **change: Any) -> dict[str, Any]:
         "seen": store.seen,
         "lse": torch.zeros(2, 4, 3),
         "score": torch.zeros(slots),
-        "mass": torch.zeros(slots),
-        "variance": torch.zeros(slots),
+        "gamma": 1.0,
     }
     return {name: arguments[name] for name in names} | {"scale": 1.0} | change
 
@@ -144,7 +166,7 @@ ARGUMENTS = {
     prefill_attention: (*_STORE, "values", "lse"),
     attention_lse: _STORE,
     attention_mass: (*_STORE, "lse", "score"),
-    window_statistics: (*_STORE, "lse", "mass", "variance"),
+    window_statistics: (*_STORE, "lse", "score", "gamma"),
 }
 NEW = [attention_lse, attention_mass, window_statistics]
 
@@ -178,7 +200,8 @@ def test_operations_refuse_wrong_arguments(
         (attention_lse, "^sinks: expected .* got ", {"sinks": torch.ones(2)}),
         (attention_mass, "^lse: expected .* got ", {"lse": torch.ones(2, 2, 3)}),
         (attention_mass, "^score: expected .* got ", {"score": torch.ones(2, 2, 3)}),
-        (window_statistics, "^variance: expected .* got ", {"variance": torch.ones(2, 2, 3)}),
+        (attention_lse, "positive scale, got 0", {"scale": 0}),
+        (window_statistics, "^score: expected .* got ", {"score": torch.ones(2, 2, 3)}),
         (window_statistics, "2 to 64 queries, got 1", {"query": torch.ones(2, 4, 1, 16)}),
         (window_statistics, "2 to 64 queries, got 65", {"query": torch.ones(2, 4, 65, 16)}),
     ],
@@ -188,6 +211,23 @@ def test_operations_refuse_their_own_wrong_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         op(**_arguments(*ARGUMENTS[op], **change))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("odd width, got 4", {"width": 4}),
+        ("odd width, got -1", {"width": -1}),
+        ("^out: expected .* got ", {"out": torch.ones(2, 2, 4)}),
+        ("^length: expected .* got ", {"length": torch.ones(2, 1, dtype=torch.int32)}),
+        ("^count: expected .* got ", {"count": torch.ones(2)}),
+    ],
+)
+def test_pool_scores_refuses_wrong_arguments(message: str, change: dict[str, Any]) -> None:
+    length = torch.ones(2, 2, dtype=torch.int32)
+    given = {"score": torch.ones(2, 2, 5), "length": length, "out": torch.ones(2, 2, 5)}
+    with pytest.raises(ValueError, match=message):
+        pool_scores(**given | change)
 
 
 @pytest.mark.parametrize("shared", [99, 163, 227], ids=["sm_89", "sm_80", "sm_90"])
@@ -203,11 +243,25 @@ def test_tiles_fit_into_shared_memory(block_d: int, shared: int, element_size: i
     mass = mass_module._blocks(4, 4096, 4096, 8, block_d, *limit)
     assert size(mass["BLOCK_N"], mass["HEADS"] * mass["TILE_Q"], mass["num_stages"]) <= limit[1]
     if block_d * element_size <= 1024:  # else 64 queries of a head may be too many
-        window = window_module._blocks(64, 4096, 8, block_d, *limit)
-        assert size(window["BLOCK_N"], window["BLOCK_Q"], window["num_stages"]) <= limit[1]
+        for groups, q_len in ((1, 64), (7, 64), (16, 32), (4, 5)):
+            window = window_module._blocks(groups, q_len, block_d, *limit)
+            rows = window["HEADS"] * window["BLOCK_Q"]
+            assert size(rows, window["BLOCK_N"], window["num_stages"]) <= limit[1]
+            assert q_len <= window["BLOCK_Q"] and window["HEADS"] < 2 * groups
 
 
 def test_few_queries_make_small_blocks() -> None:
     for capacity in (1024, 2048):
         blocks = mass_module._blocks(4, 1, capacity, 8, 128, 2, 227 * 1024)
         assert 132 <= 8 * capacity // blocks["BLOCK_N"] <= 2 * 132
+
+
+def test_programs_end_together() -> None:
+    for num_lists in (1, 2, 7, 8, 16, 24, 64, 131, 200, 300, 2000):
+        programs = num_lists * lse_module.splits(num_lists, 4096)
+        rounds = -(-programs // 264)
+        assert rounds <= 4 or programs == num_lists
+        assert programs >= 0.75 * rounds * 264
+    assert lse_module.splits(8, 4096) == 33
+    assert lse_module.splits(8, 5) == 5
+    assert lse_module.splits(8, 0) == 1

@@ -59,7 +59,7 @@ from transformers import PreTrainedModel
 
 from patchkit.api import patched
 from patchkit.attention.eviction import Attended, Budget, EvictionPolicy, apply_method
-from patchkit.attention.scoring import pool, replace_by_mean, window_statistics
+from patchkit.attention.scoring import replace_by_indicator, replace_by_newest
 from patchkit.attention.snapkv import SnapKV
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.compat import CACHE_KEYWORD
@@ -204,17 +204,14 @@ class Preferred(EvictionPolicy):
         """Describe the layer and its tokens by the last queries of a chunk, or by the only one."""
         q_len, method = attended.query.shape[2], self.method
         if q_len == 1:
-            replace_by_mean(layer, attended, 1)
+            replace_by_newest(layer, attended)
             return
         voters = min(q_len, method.window)
-        mean, variance, entropy = window_statistics(layer, attended, voters)
-        held = mean.shape[2]
-        indicator = pool(layer, mean + method.gamma * variance, method.kernel_size)
-        layer.scores[:, :, :held] = indicator
-        older = layer.position[:, :, :held] < (layer.seen - voters)[..., None]
-        shift = torch.where(older, variance, 0).sum((1, 2))
-        spread = entropy.sum(1).clamp_min(0)
-        self.preference = spread.log() / method.tau1 + shift.log() / method.tau2
+        sums = replace_by_indicator(
+            layer, attended, voters, gamma=method.gamma, width=method.kernel_size
+        )
+        entropy, shift = sums.log()
+        self.preference = torch.add(entropy / method.tau1, shift, alpha=1 / method.tau2)
 
     def commit(self, layer: StoreLayer, new_tokens: int) -> None:
         """Leave a chunk to the cascade until the budget has been divided."""

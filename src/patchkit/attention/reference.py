@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "compact",
     "decode_attention",
     "evict_lowest",
+    "pool_scores",
     "prefill_attention",
     "select_top",
     "window_statistics",
@@ -325,54 +327,92 @@ def window_statistics(
     length: Tensor,
     seen: Tensor,
     lse: Tensor,
-    mass: Tensor,
-    variance: Tensor,
+    score: Tensor,
     *,
     scale: float,
+    gamma: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Measure how a window of queries attends to the live slots.
 
     With `p = exp(logit - lse)`, 0 where a query does not see a slot (as in `decode_attention`) or
-    has `lse == -inf`, and per slot: `mass` is the sum of p over the G query heads of the KV head
-    and the queries; `variance` is the sum over the heads of the unbiased variance of p over the
-    queries with `lse > -inf`, 0 where a head has fewer than two of these.
+    has `lse == -inf`, and mean and unbiased variance of p over the queries of a head with
+    `lse > -inf` (a variance of fewer than two is 0), the score of a slot is the sum of
+    `mean + gamma * variance` over the G query heads of the KV head.
 
     Args:
         query: `[B, H_q, Q, D]`; so are `keys` to `lse` and the options those of `attention_mass`.
             `2 <= Q <= 64`.
-        mass: `[B, H_kv, C]` float32. Written where slots are live.
-        variance: `[B, H_kv, C]` float32. Written where slots are live.
+        score: `[B, H_kv, C]` float32. Written where slots are live.
+        gamma: Factor on the variances.
 
     Returns:
-        `[B, H_kv]` float32, the sum of `-p * log(p)` over the heads, the queries and the live slots
-        with `position < seen - Q`, those older than the window.
+        `[2, B]` float32: the sum of `-p * log(p)` over the heads, the queries and the live slots
+        with `position < seen - Q`, those older than the window, not negative; and the sum of the
+        variances over the heads and these slots.
     """
     batch_size, num_heads, q_len, _ = query.shape
-    num_kv_heads = keys.shape[1]
     compute = torch.promote_types(query.dtype, torch.float32)
     live = torch.arange(keys.shape[2], device=keys.device) < length.unsqueeze(-1)
     visible = _visible(position, live, _columns(seen, q_len), sliding_window)
-    older = (live & (position < (seen - q_len).unsqueeze(-1))).unsqueeze(2)
+    older = live & (position < (seen - q_len).unsqueeze(-1))  # [B, H_kv or 1, C]
     wide = keys.to(compute)
-    total, spread = torch.zeros_like(mass), torch.zeros_like(variance)
-    entropy = query.new_zeros((batch_size, num_kv_heads), dtype=torch.float32)
-    groups = num_heads // num_kv_heads
+    total = torch.zeros_like(score)
+    sums = score.new_zeros((2, batch_size))
+    groups = num_heads // keys.shape[1]
     for g in range(groups):
         logits = _logits(query[:, g::groups].to(compute), wide, visible, scale, softcap)
         p = _weights(logits, lse[:, g::groups]).squeeze(2)  # [B, H_kv, Q, C]
         counted = (lse[:, g::groups] > -torch.inf).unsqueeze(-1)
         count = counted.sum(2)  # [B, H_kv, 1]
-        head_mass = p.sum(2)
-        mean = head_mass / count.clamp_min(1)
+        mean = p.sum(2) / count.clamp_min(1)
         squares = (p - mean.unsqueeze(2)).square_().masked_fill_(~counted, 0).sum(2)
-        total += head_mass
-        spread += squares / (count - 1).clamp_min(1)
-        entropy -= torch.special.xlogy(p, p).masked_fill_(~older, 0).sum((2, 3))
-    mass.copy_(torch.where(live, total, mass))
-    variance.copy_(torch.where(live, spread, variance))
-    return entropy
+        variance = squares / (count - 1).clamp_min(1)
+        total += mean + gamma * variance
+        sums[0] -= torch.special.xlogy(p, p).masked_fill_(~older.unsqueeze(2), 0).sum((1, 2, 3))
+        sums[1] += variance.masked_fill(~older, 0).sum((1, 2))
+    score.copy_(torch.where(live, total, score))
+    return sums.clamp_min_(0)
+
+
+def pool_scores(
+    score: Tensor,
+    length: Tensor,
+    out: Tensor,
+    *,
+    width: int = 1,
+    scale: float = 1.0,
+    count: Tensor | None = None,
+    share: bool = False,
+) -> None:
+    """Average scores over neighbours, slots beyond the ends of a list counting as 0.
+
+    `out[b, h, s] = scale / max(count[b], 1) * sum of score[b, h, t] / width`, over the live slots
+    with `|t - s| <= width // 2`.
+
+    Args:
+        score: `[B, H, C]` float32.
+        length: `[B, H]` int32.
+        out: `[B, H, C]` float32. Written where slots are live. May be `score` if the width is 1.
+        width: Slots averaged, odd.
+        scale: Factor on the scores.
+        count: `[B]` int32. None: 1.
+        share: Give all heads of a row the mean of their results. Their lengths are equal then.
+    """
+    if score.numel() == 0:
+        return
+    live = torch.arange(score.shape[2], device=score.device) < length.unsqueeze(-1)
+    pooled = torch.where(live, score, 0)
+    if share:
+        pooled = pooled.mean(1, keepdim=True)
+    if width > 1:
+        pooled = F.avg_pool1d(pooled, width, stride=1, padding=width // 2)
+    if count is not None:
+        pooled = pooled / count.clamp_min(1)[:, None, None]
+    if scale != 1:
+        pooled = pooled * scale
+    out.copy_(torch.where(live, pooled, out))
 
 
 def compact(

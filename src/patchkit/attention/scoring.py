@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchkit.attention.eviction import Attended
@@ -61,29 +60,129 @@ def add_mass(
     _add(layer, attended, lse, decay)
 
 
-def replace_by_mean(
-    layer: StoreLayer, attended: Attended, num_queries: int, scale: float = 1.0
-) -> None:
-    """Set `layer.score` to `scale` times the mean attention of the newest queries.
+def replace_by_newest(layer: StoreLayer, attended: Attended, *, share: bool = False) -> None:
+    """Set `layer.score` to the attention of the newest query, summed as in `add_mass`.
 
-    As in `add_mass`, over the queries that are no padding.
+    Args:
+        layer: Whose scores change.
+        attended: What was attended.
+        share: Give all heads of a row the mean of their scores.
+    """
+    _add(layer, attended, denominators(layer, attended, 1), decay=0.0)
+    if share and layer.scores.shape[1] > 1:
+        layer.backend.run(
+            "attention",
+            "pool_scores",
+            layer.device,
+            layer.scores,
+            layer.length,
+            layer.scores,
+            share=True,
+        )
+
+
+def replace_by_mean(
+    layer: StoreLayer, attended: Attended, num_queries: int, *, scale: float, width: int
+) -> None:
+    """Set `layer.score` to `scale` times the mean attention of the newest queries, pooled.
+
+    Summed as in `add_mass`; the mean is over the queries that are no padding. See `pool`.
     """
     lse = denominators(layer, attended, num_queries)
-    if layer.padding is not None:
-        lse = lse + _voters(lse)[..., None, None].log() - math.log(scale)
-    elif scale != num_queries:  # else the sum is what is wanted, and a step costs no launch
-        lse = lse + math.log(num_queries / scale)
-    _add(layer, attended, lse, decay=0.0)
+    score = _per_key_head(layer, attended)
+    _mass(layer, attended, lse, score)
+    count = None
+    if layer.behind is None:  # no padding
+        scale /= num_queries
+    else:
+        count = (lse[:, 0] > -torch.inf).sum(-1, dtype=torch.int32)
+    pool(layer, _per_head(layer, score), width, scale=scale, count=count)
 
 
-def _voters(lse: Tensor) -> Tensor:
-    """Count the queries that are no padding, `[B]`."""
-    return (lse[:, 0] > -torch.inf).sum(-1).clamp_min(1)
+def replace_by_indicator(
+    layer: StoreLayer, attended: Attended, num_queries: int, *, gamma: float, width: int
+) -> Tensor:
+    """Set `layer.score` to mean plus `gamma` times variance of the newest queries' attention.
+
+    Both are over the queries that are no padding, summed over the query heads of a group, then
+    pooled.
+
+    Returns:
+        `[2, B]` float32, of the slots older than the queries, over all heads: the entropy of their
+        weights, and the sum of their variances.
+    """
+    score = _per_key_head(layer, attended)
+    sums = layer.backend.run(
+        "attention",
+        "window_statistics",
+        layer.device,
+        attended.query[:, :, -num_queries:],
+        *_slots(layer, attended),
+        denominators(layer, attended, num_queries),
+        score,
+        gamma=gamma,
+        **attended.masking,
+    )
+    pool(layer, _per_head(layer, score), width)
+    return sums
+
+
+def pool(
+    layer: StoreLayer,
+    score: Tensor,
+    width: int,
+    *,
+    scale: float = 1.0,
+    count: Tensor | None = None,
+) -> None:
+    """Write averages of `[B, H_kv, C]` scores over `width` neighbours in the text to `layer.score`.
+
+    Slots beyond count as 0, as in `avg_pool1d(kernel=width, stride=1, padding=width // 2)` over the
+    live slots by position. The scores are multiplied by `scale` and divided by `count`, `[B]`.
+    """
+    out = layer.scores[:, :, : score.shape[2]]
+
+    def run(score: Tensor, out: Tensor) -> None:
+        layer.backend.run(
+            "attention",
+            "pool_scores",
+            layer.device,
+            score,
+            layer.length,
+            out,
+            width=width,
+            scale=scale,
+            count=count,
+        )
+
+    if layer.ordered or width == 1:
+        run(score, out)
+        return
+    live = torch.arange(score.shape[2], device=layer.device) < layer.length[..., None]
+    position = layer.position[:, :, : score.shape[2]]
+    order = position.masked_fill(~live, torch.iinfo(torch.int32).max).argsort(-1)
+    pooled = torch.zeros_like(score)
+    run(score.gather(2, order), pooled)
+    out.scatter_(2, order, pooled)
 
 
 def _add(layer: StoreLayer, attended: Attended, lse: Tensor, decay: float) -> None:
-    shared = attended.keys.shape[1] == layer.length.shape[1]
-    score = layer.scores if shared else _per_key_head(layer, attended)
+    if attended.keys.shape[1] == layer.length.shape[1]:
+        _mass(layer, attended, lse, layer.scores, decay=decay, num_new=layer.newest)
+        return
+    score = _per_key_head(layer, attended)
+    _mass(layer, attended, lse, score)
+    mass, width = _per_head(layer, score), score.shape[2]
+    held, position = layer.scores[:, :, :width], layer.position[:, :, :width]
+    if decay != 0:
+        old = position < (layer.seen - layer.newest)[..., None]
+        mass = mass + decay * torch.where(old, held, 0)
+    held.copy_(mass)
+
+
+def _mass(
+    layer: StoreLayer, attended: Attended, lse: Tensor, score: Tensor, **options: float
+) -> None:
     layer.backend.run(
         "attention",
         "attention_mass",
@@ -92,76 +191,22 @@ def _add(layer: StoreLayer, attended: Attended, lse: Tensor, decay: float) -> No
         *_slots(layer, attended),
         lse,
         score,
-        decay=decay if shared else 0.0,
-        num_new=layer.newest,
+        **options,
         first=layer.first,
         **attended.masking,
     )
-    if shared:
-        return
-    width = score.shape[2]
-    held, position = layer.scores[:, :, :width], layer.position[:, :, :width]
-    mass = score.unflatten(1, (held.shape[1], -1)).sum(2)
-    if decay != 0:
-        old = position < (layer.seen - layer.newest)[..., None]
-        mass = mass + decay * torch.where(old, held, 0)
-    held.copy_(mass)
 
 
-def window_statistics(
-    layer: StoreLayer, attended: Attended, num_queries: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Describe what the newest queries attended to, summed over the query heads of a group.
-
-    Returns:
-        The means and the unbiased variances over the queries of each slot's weight, both
-        `[B, H_kv, C]` float32 (0 in empty slots), and the entropy of the weights of slots older
-        than the queries, `[B, H_kv]`.
-    """
-    lse = denominators(layer, attended, num_queries)
-    mass, variance = _per_key_head(layer, attended), _per_key_head(layer, attended)
-    entropy = layer.backend.run(
-        "attention",
-        "window_statistics",
-        layer.device,
-        attended.query[:, :, -num_queries:],
-        *_slots(layer, attended),
-        lse,
-        mass,
-        variance,
-        **attended.masking,
-    )
-    mean = mass / _voters(lse)[:, None, None]
-    groups = (layer.length.shape[1], -1)
-    mean, variance = (x.unflatten(1, groups).sum(2) for x in (mean, variance))
-    return mean, variance, entropy.unflatten(1, groups).sum(2)
-
-
-def pool(layer: StoreLayer, score: Tensor, width: int) -> Tensor:
-    """Average `[B, H_kv, C]` scores over `width` neighbours in the text; slots beyond count as 0.
-
-    As `avg_pool1d(kernel=width, stride=1, padding=width // 2)` over the live slots by position.
-    """
-    live = _live(layer, score.shape[2])
-    score = torch.where(live, score, 0)
-    if width == 1:
-        return score
-    if layer.ordered:
-        return F.avg_pool1d(score, width, stride=1, padding=width // 2)
-    position = layer.position[:, :, : score.shape[2]]
-    order = position.masked_fill(~live, torch.iinfo(torch.int32).max).argsort(-1)
-    pooled = F.avg_pool1d(score.gather(2, order), width, stride=1, padding=width // 2)
-    return torch.zeros_like(score).scatter_(2, order, pooled)
-
-
-def _live(layer: StoreLayer, capacity: int) -> Tensor:
-    return torch.arange(capacity, device=layer.device) < layer.length[..., None]
+def _per_head(layer: StoreLayer, score: Tensor) -> Tensor:
+    """Sum `[B, H, C]` over the key heads of a KV head."""
+    num_heads = layer.length.shape[1]
+    return score if score.shape[1] == num_heads else score.unflatten(1, (num_heads, -1)).sum(2)
 
 
 def _per_key_head(layer: StoreLayer, attended: Attended) -> Tensor:
-    """Make `[B, H, C]` zeros for keys of H heads, which MLA expands from one latent."""
+    """Make room for `[B, H, C]` scores of H key heads, which MLA expands from one latent."""
     shape = attended.keys.shape[:3]
-    return torch.zeros(shape, dtype=torch.float32, device=layer.device)
+    return torch.empty(shape, dtype=torch.float32, device=layer.device)
 
 
 def _slots(layer: StoreLayer, attended: Attended) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ from patchkit.attention.eviction import (
     KVEviction,
     apply_method,
 )
-from patchkit.attention.scoring import add_mass, pool, replace_by_mean
+from patchkit.attention.scoring import add_mass, replace_by_mean
 from patchkit.attention.store_layer import StoreLayer
 
 
@@ -77,8 +77,8 @@ class WindowVotes(EvictionPolicy):
         if q_len < self.window and q_len < layer.columns:
             add_mass(layer, attended, q_len, fading=1 - 1 / self.window)
             return
-        replace_by_mean(layer, attended, min(q_len, self.window), scale=self.window)
-        layer.scores.copy_(pool(layer, layer.scores, self.kernel_size))
+        voters = min(q_len, self.window)
+        replace_by_mean(layer, attended, voters, scale=self.window, width=self.kernel_size)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from patchkit.attention.eviction import (
     KVEviction,
     apply_method,
 )
-from patchkit.attention.scoring import replace_by_mean
+from patchkit.attention.scoring import replace_by_newest
 from patchkit.attention.store_layer import StoreLayer
 
 
@@ -66,8 +66,7 @@ class NewestQuery(EvictionPolicy):
 
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Replace the scores by the weights of the last query, averaged over the heads."""
-        replace_by_mean(layer, attended, 1)
-        layer.scores.copy_(layer.scores.mean(1, keepdim=True).expand_as(layer.scores))
+        replace_by_newest(layer, attended, share=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ beyond the first read the same tiles at the same time, from the cache. Partial r
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,28 @@ __all__ = ["attention_lse"]
 # BLOCK_M, BLOCK_N, pipeline depth
 _TILES = ((256, 64, 3), (128, 64, 3), (128, 64, 2), (64, 64, 1), (64, 32, 1), (16, 16, 1))
 _TARGET_PROGRAMS = 264  # two on each SM: one multiplies while the other exponentiates
+_MOST_ROUNDS = 4
+
+
+@triton.jit
+def plain_logits(
+    a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    # Logits of all pairs of a row of `a` and a column of `b`; `log2_factor` is still missing.
+    logits = tl.dot(a, b, input_precision=PRECISION)
+    if HAS_SOFTCAP:
+        return softcap * tanh(logits * (scale / softcap))
+    else:
+        return logits
+
+
+@triton.jit
+def log2_factor(scale, HAS_SOFTCAP: tl.constexpr):
+    # Turns plain logits into exponents of 2.
+    if HAS_SOFTCAP:
+        return LOG2_E
+    else:
+        return scale * LOG2_E
 
 
 @triton.jit
@@ -29,11 +53,8 @@ def log2_logits(
     a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     # Logits of all pairs of a row of `a` and a column of `b`, as exponents of 2.
-    logits = tl.dot(a, b, input_precision=PRECISION)
-    if HAS_SOFTCAP:
-        return (softcap * LOG2_E) * tanh(logits * (scale / softcap))
-    else:
-        return logits * (scale * LOG2_E)
+    factor = log2_factor(scale, HAS_SOFTCAP)
+    return plain_logits(a, b, scale, softcap, HAS_SOFTCAP, PRECISION) * factor
 
 
 @triton.jit
@@ -55,14 +76,15 @@ def first_masked_tile(length, q_len, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _add_tile(top, weight_sum, logits):
-    new_top = tl.maximum(top, tl.max(logits, axis=1))
+def _add_tile(top, weight_sum, logits, factor):
+    # The factor is positive, so that only maxima need it by itself.
+    new_top = tl.maximum(top, tl.max(logits, axis=1) * factor)
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(logits - finite_top[:, None])  # [BLOCK_M, BLOCK_N]
+    weights = tl.exp2(logits * factor - finite_top[:, None])  # [BLOCK_M, BLOCK_N]
     return new_top, weight_sum * tl.exp2(top - finite_top) + tl.sum(weights, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_heads", "rows", "q_len", "sliding_window"])
 def _attention_lse_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
@@ -97,17 +119,20 @@ def _attention_lse_kernel(
         q = q.to(tl.float32)
     column = newest - (q_len - 1) + row % q_len  # [BLOCK_M]
 
+    factor = log2_factor(scale, HAS_SOFTCAP)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((BLOCK_M,), tl.float32)
+    first = (split * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    k_ptr = keys_ptr + first[None, :] * stride_ks + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
+    k_step = num_splits.to(tl.int64) * BLOCK_N * stride_ks
     first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
-    for tile in range(split, first_masked, num_splits):
-        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        k_ptr = keys_ptr + slot[None, :] * stride_ks + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
+    for _ in range(split, first_masked, num_splits):
         k = tl.load(k_ptr) if D == BLOCK_D else tl.load(k_ptr, mask=mask_d[:, None], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
-        logits = log2_logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-        top, weight_sum = _add_tile(top, weight_sum, logits)
+        logits = plain_logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        top, weight_sum = _add_tile(top, weight_sum, logits, factor)
+        k_ptr += k_step
     passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
     for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
         slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -115,19 +140,20 @@ def _attention_lse_kernel(
         position = tl.load(position_ptr + slot * stride_ps, mask=mask_n, other=-1)  # [BLOCK_N]
         if HAS_WINDOW:  # slots that no query sees any more are not read
             mask_n = mask_n & (position > newest - (q_len - 1) - sliding_window)
-        k_ptr = keys_ptr + slot[None, :] * stride_ks + offs_d[:, None]
         k = tl.load(k_ptr, mask=mask_n[None, :] & mask_d[:, None], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
-        logits = log2_logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        logits = plain_logits(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         visible = sees(position[None, :], column[:, None], sliding_window, HAS_WINDOW)
-        top, weight_sum = _add_tile(top, weight_sum, tl.where(visible, logits, float("-inf")))
+        logits = tl.where(visible, logits, float("-inf"))
+        top, weight_sum = _add_tile(top, weight_sum, logits, factor)
+        k_ptr += k_step
 
     partial_ptr += (pid.to(tl.int64) * num_splits + split) * rows
     tl.store(partial_ptr + offs_m, log_sum(top, weight_sum), mask=offs_m < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_heads", "rows", "q_len", "num_splits"])
 def _merge_lse_kernel(
     partial_ptr, sinks_ptr, lse_ptr, stride_sink, num_kv_heads, rows, q_len,
     num_splits, HAS_SINKS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -166,6 +192,22 @@ def _blocks(rows: int, block_d: int, element_size: int, shared: int) -> dict[str
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
+def splits(num_lists: int, num_tiles: int) -> int:
+    """Choose how many programs share the tiles of a list; from shapes, so that it can be captured.
+
+    Programs of one size end together if they fill the GPU a whole number of times. Few of them are
+    better, unless a tenth of the last round would stay idle.
+    """
+    rounds = (r * _TARGET_PROGRAMS for r in range(1, _MOST_ROUNDS + 1))
+    counts = [places // num_lists for places in rounds if places >= num_lists] or [1]
+
+    def idle(count: int) -> float:
+        used = count * num_lists / _TARGET_PROGRAMS
+        return round(1 - used / math.ceil(used), 1)
+
+    return max(1, min(num_tiles, min(counts, key=lambda count: (idle(count), count))))
+
+
 def attention_lse(
     query: Tensor,
     keys: Tensor,
@@ -191,7 +233,7 @@ def attention_lse(
         position: `[B, H_kv or 1, C]` int32.
         length: `[B, H_kv or 1]` int32.
         seen: `[B, H_kv or 1]` int32, the tokens of `query` included.
-        scale: Factor on the logits.
+        scale: Factor on the logits, positive.
         sliding_window: Columns that a query sees, its own included. None: all.
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
         sinks: `[H_q]`, any float dtype. One more logit per query head.
@@ -200,7 +242,8 @@ def attention_lse(
         `[B, H_q, Q]` float32, contiguous. -inf where a query sees nothing and has no sink.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or strides disagree, or an input requires grad.
+        ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or the
+            scale is not positive.
     """
     batch_size, num_heads, q_len, head_dim = query.shape
     num_kv_heads, capacity = keys.shape[1], keys.shape[2]
@@ -214,6 +257,8 @@ def attention_lse(
         seen=(seen, lists, int32),
         sinks=(sinks, (num_heads,), dtype if sinks is None else sinks.dtype),
     )
+    if scale <= 0:
+        raise ValueError(f"expected a positive scale, got {scale}")
     lse = query.new_empty((batch_size, num_heads, q_len), dtype=torch.float32)
     if lse.numel() == 0:
         return lse
@@ -222,9 +267,7 @@ def attention_lse(
     block_d = max(16, triton.next_power_of_2(head_dim))
     blocks = _blocks(rows, block_d, query.element_size(), shared_bytes(query.device))
     num_columns = num_lists * triton.cdiv(rows, blocks["BLOCK_M"])
-    # From shapes only, so that the grid can be captured.
-    num_tiles = triton.cdiv(capacity, blocks["BLOCK_N"])
-    num_splits = max(1, min(num_tiles, triton.cdiv(_TARGET_PROGRAMS, num_columns)))
+    num_splits = splits(num_columns, triton.cdiv(capacity, blocks["BLOCK_N"]))
     partial = lse.new_empty((num_lists, num_splits, rows))
     with torch.cuda.device_of(query):
         _attention_lse_kernel[(num_columns, num_splits)](

@@ -15,7 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import first_slot, per_head, shared_bytes, starts
-from patchkit.attention.kernels.attention_lse import first_masked_tile, log2_logits, sees
+from patchkit.attention.kernels.attention_lse import (
+    first_masked_tile,
+    log2_logits,
+    sees,
+    splits,
+)
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
 from patchkit.attention.reference import check_arguments
 
@@ -23,6 +28,7 @@ __all__ = ["attention_mass"]
 
 _TARGET_PROGRAMS = 132
 _FAR = tl.constexpr(2**30)  # behind every column
+_NOWHERE = tl.constexpr(1e30)  # an exponent whose power of 2 is 0, and so is their product
 # BLOCK_N, BLOCK_M, pipeline depth
 _TILES = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 64, 1), (32, 32, 1), (16, 16, 1))
 _FLOAT32_TILES = ((32, 64, 1), (32, 32, 1), (16, 16, 1))
@@ -76,7 +82,7 @@ def _add_tiles(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_lists", "num_kv_heads", "num_new", "sliding_window"])
 def _attention_mass_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, first_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
@@ -149,12 +155,60 @@ def _attention_mass_kernel(
 
 
 @triton.jit
+def window_queries(
+    query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, num_heads, q_len, per_head,
+    D: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Row m of a tile is query m % per_head of head m // per_head. Return queries
+    # [BLOCK_D, BLOCK_M], which query a row is, whether it counts, and its denominator as an
+    # exponent of 2.
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = (offs_m // per_head < num_heads) & (offs_m % per_head < q_len)
+    head = tl.minimum(offs_m // per_head, num_heads - 1).to(tl.int64)
+    i = tl.minimum(offs_m % per_head, q_len - 1)
+    q_ptr = query_ptr + head * stride_qh + i * stride_qi  # [BLOCK_M]
+    q = tl.load(q_ptr[None, :] + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    lse = tl.load(lse_ptr + head * stride_eh + i * stride_ei)
+    counts = inside & (lse > float("-inf"))
+    return q, i, counts, tl.where(counts, lse * LOG2_E, _NOWHERE)
+
+
+@triton.jit
+def window_logits(
+    k_ptr, position_ptr, slot, length, q, lse, column, scale, sliding_window, softcap,
+    D: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Logarithms to base 2 of the weights of a tile, [BLOCK_N, BLOCK_M]. Pointers: to the keys of
+    # the tile [BLOCK_N, BLOCK_D], and to the positions of `slot`.
+    mask_d = tl.arange(0, BLOCK_D) < D
+    live = slot < length
+    if MASKED:
+        k = tl.load(k_ptr, mask=live[:, None] & mask_d[None, :], other=0.0)
+    elif D == BLOCK_D:
+        k = tl.load(k_ptr)
+    else:
+        k = tl.load(k_ptr, mask=mask_d[None, :], other=0.0)
+    if UPCAST:
+        k = k.to(tl.float32)
+    logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
+    if MASKED:
+        position = tl.load(position_ptr, mask=live, other=-1)
+        visible = sees(position[:, None], column[None, :], sliding_window, HAS_WINDOW)
+        logits = tl.where(visible, logits, -_NOWHERE)
+    return logits
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "groups", "q_len", "num_new", "sliding_window"])
 def _window_mass_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, first_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
     stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
-    num_kv_heads, rows, q_len, scale, decay, num_new, sliding_window, softcap,
+    num_kv_heads, groups, q_len, scale, decay, num_new, sliding_window, softcap,
     D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -167,67 +221,63 @@ def _window_mass_kernel(
     h = (pid % num_kv_heads).to(tl.int64)
     length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
     seen = tl.load(seen_ptr + b * stride_sb + h * stride_sh)
-    first = first_slot(first_ptr, pid, HAS_FIRST)
-    keys_ptr += b * stride_kb + h * stride_kh + first * stride_ks
-    position_ptr += b * stride_pb + h * stride_ph + first * stride_ps
-    score_ptr += b * stride_cb + h * stride_ch + first * stride_cs
+    list_first = first_slot(first_ptr, pid, HAS_FIRST)
+    keys_ptr += b * stride_kb + h * stride_kh + list_first * stride_ks
+    position_ptr += b * stride_pb + h * stride_ph + list_first * stride_ps
+    score_ptr += b * stride_cb + h * stride_ch + list_first * stride_cs
+    query_ptr += b * stride_qb + h * groups * stride_qh
+    lse_ptr += b * stride_eb + h * groups * stride_eh
 
-    offs_m = tl.arange(0, BLOCK_M)
-    row = tl.minimum(offs_m, rows - 1)
-    head, i = h * (rows // q_len) + row // q_len, row % q_len
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    q_ptr = query_ptr + b * stride_qb + head * stride_qh + i * stride_qi  # [BLOCK_M]
-    q = tl.load(q_ptr[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    lse = tl.load(lse_ptr + b * stride_eb + head * stride_eh + i * stride_ei)
-    ignored = (offs_m >= rows) | (lse == float("-inf"))
-    lse = tl.where(ignored, float("inf"), lse * LOG2_E)
+    q, i, _, lse = window_queries(
+        query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, groups, q_len, q_len,
+        D, UPCAST, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     column = seen - q_len + i  # [BLOCK_M]
-
+    first = (split * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    k_ptr = keys_ptr + first[:, None] * stride_ks + tl.arange(0, BLOCK_D)[None, :]
+    k_step = num_splits.to(tl.int64) * BLOCK_N * stride_ks
     first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
     for tile in range(split, first_masked, num_splits):
         slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
-        k = tl.load(k_ptr) if D == BLOCK_D else tl.load(k_ptr, mask=mask_d[None, :], other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
-        logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
+        logits = window_logits(
+            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
+            sliding_window, softcap, D, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
+        )  # fmt: skip
         total = tl.sum(tl.exp2(logits), axis=1)
         if HAS_DECAY:
             position = tl.load(position_ptr + slot * stride_ps)
             old = position < seen - num_new
             total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
         tl.store(score_ptr + slot * stride_cs, total)
+        k_ptr += k_step
     passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
     for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
         slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        logits = window_logits(
+            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
+            sliding_window, softcap, D, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        total = tl.sum(tl.exp2(logits), axis=1)
         live = slot < length
-        position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)  # [BLOCK_N]
-        k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
-        k = tl.load(k_ptr, mask=live[:, None] & mask_d[None, :], other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
-        logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
-        visible = sees(position[:, None], column[None, :], sliding_window, HAS_WINDOW)
-        total = tl.sum(tl.exp2(tl.where(visible, logits, float("-inf"))), axis=1)
         if HAS_DECAY:
+            position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)
             old = live & (position < seen - num_new)
             total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
         tl.store(score_ptr + slot * stride_cs, total, mask=live)
+        k_ptr += k_step
 
 
 def _window_blocks(
     rows: int, q_len: int, block_d: int, element_size: int, shared: int
 ) -> dict[str, int] | None:
     """Choose tiles for queries that are one tile, or None where they are not or do not fit."""
+    wide = element_size == 4
     block_m = max(16, triton.next_power_of_2(rows))
-    if q_len == 1 or block_m > (64 if element_size == 4 else 256):
+    if q_len == 1 or block_m > (32 if wide else 256):
         return None
-    for block_n, stages in ((64, 3), (64, 2), (32, 2), (16, 1)):
+    for block_n, stages in ((32, 1), (16, 1)) if wide else ((64, 3), (64, 2), (32, 2), (16, 1)):
         if (block_m + stages * block_n) * block_d * element_size <= shared // 2:
-            warps = 8 if block_m > 128 else 4
+            warps = 8 if block_m > (16 if wide else 128) else 4
             return {
                 "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": stages, "num_warps": warps
             }  # fmt: skip
@@ -351,10 +401,9 @@ def attention_mass(
     window = _window_blocks(groups * q_len, q_len, block_d, query.element_size(), shared)
     with torch.cuda.device_of(query):
         if window is not None:
-            num_tiles = triton.cdiv(capacity, window["BLOCK_N"])
-            num_splits = max(1, min(num_tiles, triton.cdiv(2 * _TARGET_PROGRAMS, num_lists)))
+            num_splits = splits(num_lists, triton.cdiv(capacity, window["BLOCK_N"]))
             _window_mass_kernel[(num_lists, num_splits)](
-                *tensors, *strides, num_kv_heads, groups * q_len, q_len, *numbers,
+                *tensors, *strides, num_kv_heads, groups, q_len, *numbers,
                 **options, **window,
             )  # fmt: skip
             return

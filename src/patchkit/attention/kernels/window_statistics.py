@@ -1,8 +1,9 @@
 """Triton statistics of how a window of queries attends; see `reference.window_statistics`.
 
-Bytes floor: `B * H_kv * live * D` elements, every live slot's key once, plus 12 bytes of position
-and results per slot. A program owns a block of slots of one KV head and walks over the G query
-heads; all queries of a head are the columns of one product, so a variance is centred in registers.
+Bytes floor: `B * H_kv * live * D` elements, every live slot's key once, plus 4 bytes of score per
+slot. A program holds the queries of a group and walks over tiles of slots, loading keys ahead. All
+queries of a head are neighbours in the product, so a variance is centred in registers. Groups of
+more rows than fit are added up in several launches, which read the keys again.
 """
 
 from __future__ import annotations
@@ -13,135 +14,135 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import per_head, shared_bytes
-from patchkit.attention.kernels.attention_lse import log2_logits, sees
-from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2, LOG2_E
+from patchkit.attention.kernels.attention_lse import first_masked_tile, splits
+from patchkit.attention.kernels.attention_mass import window_logits, window_queries
+from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2
 from patchkit.attention.reference import check_arguments
 
 __all__ = ["window_statistics"]
 
-_TARGET_PROGRAMS = 132
 _MAX_QUERIES = 64
+# BLOCK_N, pipeline depth
+_TILES = ((64, 3), (64, 2), (32, 2), (16, 1))
+_FLOAT32_TILES = ((32, 1), (16, 1))
 
 
 @triton.jit
-def _add_heads(
-    mass, variance, entropy, k, position, num_heads, query_ptr, lse_ptr, stride_qh, stride_qi,
-    stride_eh, stride_ei, oldest, q_len, scale, sliding_window, softcap,
-    D: tl.constexpr, EVEN_Q: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+def _moments(
+    logits, counted, inverse, inverse_rest, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Add the first num_heads query heads.
-    i = tl.arange(0, BLOCK_Q)
-    offs_d = tl.arange(0, BLOCK_D)
-    row = tl.minimum(i, q_len - 1)
-    for _ in range(0, num_heads):
-        if EVEN_Q:
-            lse = tl.load(lse_ptr + i * stride_ei)  # [BLOCK_Q]
-        else:
-            lse = tl.load(lse_ptr + i * stride_ei, mask=i < q_len, other=float("-inf"))
-        q_ptr = query_ptr + (row[None, :] * stride_qi + offs_d[:, None])
-        q = tl.load(q_ptr, mask=(offs_d < D)[:, None], other=0.0)  # [BLOCK_D, BLOCK_Q]
-        lse_ptr += stride_eh
-        query_ptr += stride_qh
-        if UPCAST:
-            q = q.to(tl.float32)
-        counted = tl.where(lse > float("-inf"), 1.0, 0.0)
-        lse = tl.where(lse > float("-inf"), lse * LOG2_E, float("inf"))
-        count = tl.sum(counted, axis=0)
-        logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
-        if MASKED:
-            visible = sees(position[:, None], (oldest + i)[None, :], sliding_window, HAS_WINDOW)
-            logits = tl.where(visible, logits, float("-inf"))
-        p = tl.exp2(logits)  # [BLOCK_N, BLOCK_Q]
-        head_mass = tl.sum(p, axis=1)
-        mean = head_mass * (1 / tl.maximum(count, 1.0))
-        centred = p - mean[:, None] * counted[None, :]
-        mass += head_mass
-        variance += tl.sum(centred * centred, axis=1) * (1 / tl.maximum(count - 1, 1.0))
-        entropy -= tl.sum(p * tl.maximum(logits, -1e30), axis=1)  # p is 0 there, not 0 * inf
-    return mass, variance, entropy
+    # Means, variances and entropies in bits of a tile's slots, each [BLOCK_N], over all heads.
+    p = tl.exp2(logits)  # [BLOCK_N, HEADS * BLOCK_Q]
+    by_head = tl.reshape(p, (BLOCK_N, HEADS, BLOCK_Q))
+    mean = tl.sum(by_head, axis=2) * inverse[None, :]  # [BLOCK_N, HEADS]
+    centred = by_head - mean[:, :, None] * counted[None, :, :]
+    variance = tl.sum(tl.sum(centred * centred, axis=2) * inverse_rest[None, :], axis=1)
+    return tl.sum(mean, axis=1), variance, -tl.sum(p * logits, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_heads", "groups", "q_len", "first_head", "sliding_window"])
 def _window_statistics_kernel(
-    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, mass_ptr, variance_ptr,
-    entropy_ptr,
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
-    stride_eb, stride_eh, stride_ei, stride_mb, stride_mh, stride_ms,
-    stride_vb, stride_vh, stride_vs,
-    num_kv_heads, q_len, scale, sliding_window, softcap,
-    GROUPS: tl.constexpr, D: tl.constexpr, EVEN_Q: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs, stride_ab,
+    num_kv_heads, groups, q_len, first_head, scale, gamma, sliding_window, softcap,
+    D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    # One program: HEADS query heads of one KV head, every num_splits-th tile of its slots.
     pid = tl.program_id(0)
-    start = tl.program_id(1) * BLOCK_N
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
     b = (pid // num_kv_heads).to(tl.int64)
     h = (pid % num_kv_heads).to(tl.int64)
-    entropy_ptr += pid.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
-    if start >= length:
-        tl.store(entropy_ptr, 0.0)
-        return
+    scored = tl.where(first_head > 0, length, 0)  # slots that hold the sums of earlier heads
     oldest = tl.load(seen_ptr + b * stride_sb + h * stride_sh) - q_len  # column of query 0
-    slot = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-    live = slot < length
-    offs_d = tl.arange(0, BLOCK_D)
-    position_ptr += b * stride_pb + h * stride_ph
-    position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)  # [BLOCK_N]
     keys_ptr += b * stride_kb + h * stride_kh
-    k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
-    k = tl.load(k_ptr, mask=live[:, None] & (offs_d < D)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-    if UPCAST:
-        k = k.to(tl.float32)
+    position_ptr += b * stride_pb + h * stride_ph
+    score_ptr += b * stride_cb + h * stride_ch
+    query_ptr += b * stride_qb + (h * groups + first_head) * stride_qh
+    lse_ptr += b * stride_eb + (h * groups + first_head) * stride_eh
+    partial_ptr += pid.to(tl.int64) * num_splits + split  # entropies, then variances
 
-    query_ptr += b * stride_qb + h * GROUPS * stride_qh
-    lse_ptr += b * stride_eb + h * GROUPS * stride_eh
-
-    # All queries see all slots of most blocks, which need no mask then.
-    low = tl.min(position, axis=0)
-    full = (low >= 0) & (tl.max(position, axis=0) <= oldest)
-    if HAS_WINDOW:
-        full = full & (low > oldest + q_len - 1 - sliding_window)
-    num_full = tl.where(full, GROUPS, 0)
-    mass = tl.zeros((BLOCK_N,), tl.float32)
-    variance = tl.zeros((BLOCK_N,), tl.float32)
-    entropy = tl.zeros((BLOCK_N,), tl.float32)  # in bits
-    mass, variance, entropy = _add_heads(
-        mass, variance, entropy, k, position, num_full, query_ptr, lse_ptr, stride_qh, stride_qi,
-        stride_eh, stride_ei, oldest, q_len, scale, sliding_window, softcap, D, EVEN_Q, False,
-        HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_D,
+    q, i, counts, lse = window_queries(
+        query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, groups - first_head, q_len,
+        BLOCK_Q, D, UPCAST, HEADS * BLOCK_Q, BLOCK_D,
     )  # fmt: skip
-    mass, variance, entropy = _add_heads(
-        mass, variance, entropy, k, position, GROUPS - num_full, query_ptr, lse_ptr, stride_qh,
-        stride_qi, stride_eh, stride_ei, oldest, q_len, scale, sliding_window, softcap, D, EVEN_Q,
-        True, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_Q, BLOCK_D,
-    )  # fmt: skip
+    column = oldest + i
+    counted = tl.reshape(tl.where(counts, 1.0, 0.0), (HEADS, BLOCK_Q))
+    count = tl.sum(counted, axis=1)
+    inverse = 1 / tl.maximum(count, 1.0)  # [HEADS]
+    inverse_rest = 1 / tl.maximum(count - 1, 1.0)
 
-    tl.store(mass_ptr + b * stride_mb + h * stride_mh + slot * stride_ms, mass, mask=live)
-    variance_ptr += b * stride_vb + h * stride_vh
-    tl.store(variance_ptr + slot * stride_vs, variance, mask=live)
-    tl.store(entropy_ptr, tl.sum(tl.where(position < oldest, entropy, 0.0), axis=0) * LN_2)
+    entropy = tl.zeros((BLOCK_N,), tl.float32)
+    shift = tl.zeros((BLOCK_N,), tl.float32)
+    first = (split * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    k_ptr = keys_ptr + first[:, None] * stride_ks + tl.arange(0, BLOCK_D)[None, :]
+    k_step = num_splits.to(tl.int64) * BLOCK_N * stride_ks
+    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
+    for tile in range(split, first_masked, num_splits):
+        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        logits = window_logits(
+            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
+            sliding_window, softcap, D, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        mean, variance, bits = _moments(
+            logits, counted, inverse, inverse_rest, HEADS, BLOCK_Q, BLOCK_N
+        )
+        entropy += bits
+        shift += variance
+        score = mean + gamma * variance
+        score += tl.load(score_ptr + slot * stride_cs, mask=slot < scored, other=0.0)
+        tl.store(score_ptr + slot * stride_cs, score)
+        k_ptr += k_step
+    passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
+    for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
+        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        logits = window_logits(
+            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
+            sliding_window, softcap, D, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        mean, variance, bits = _moments(
+            logits, counted, inverse, inverse_rest, HEADS, BLOCK_Q, BLOCK_N
+        )
+        live = slot < length
+        older = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1) < oldest
+        entropy += tl.where(older, bits, 0.0)
+        shift += tl.where(older, variance, 0.0)
+        score = mean + gamma * variance
+        score += tl.load(score_ptr + slot * stride_cs, mask=slot < scored, other=0.0)
+        tl.store(score_ptr + slot * stride_cs, score, mask=live)
+        k_ptr += k_step
+    tl.store(partial_ptr, tl.maximum(tl.sum(entropy, axis=0) * LN_2, 0.0))
+    tl.store(partial_ptr + stride_ab, tl.sum(shift, axis=0))
 
 
 def _blocks(
-    q_len: int, capacity: int, num_lists: int, block_d: int, element_size: int, shared: int
+    groups: int, q_len: int, block_d: int, element_size: int, shared: int
 ) -> dict[str, int]:
-    """Choose blocks of slots that fit into `shared` bytes and fill the GPU."""
+    """Choose how many heads are one tile: all if they fit, two programs on an SM if they do."""
     block_q = max(16, triton.next_power_of_2(q_len))
-    for block_n, stages in ((128, 2), (64, 2), (64, 1), (32, 1), (16, 1)):
-        if (block_n + stages * block_q) * block_d * element_size <= shared:
-            break
-    if element_size == 4:
-        block_n, stages = min(block_n, 32), 1
-    while block_n > 16 and num_lists * triton.cdiv(capacity, block_n) < _TARGET_PROGRAMS:
-        block_n //= 2
-    blocks = {"BLOCK_N": block_n, "BLOCK_Q": block_q, "num_stages": stages}
-    if block_n * block_q <= (512 if element_size == 4 else 64 * 64) and block_n < 128:
-        return blocks | {"num_warps": 4}
-    return blocks | {"num_warps": 8, "maxnreg": 128}  # two programs on an SM
+    wide = element_size == 4
+    heads = min(triton.next_power_of_2(groups), max(1, (32 if wide else 256) // block_q))
+    sizes = [(heads >> i, *tile) for i in range(heads.bit_length()) for tile in
+             (_FLOAT32_TILES if wide else _TILES)]  # fmt: skip
+
+    def fits(size: tuple[int, int, int], limit: int) -> bool:
+        heads, block_n, stages = size
+        return (heads * block_q + stages * block_n) * block_d * element_size <= limit
+
+    limits = (shared // 2, shared)
+    choices = (size for limit in limits for size in sizes if fits(size, limit))
+    heads, block_n, stages = next(choices, sizes[-1])
+    warps = 8 if heads * block_q > (16 if wide else 128) else 4
+    return {
+        "HEADS": heads, "BLOCK_Q": block_q, "BLOCK_N": block_n, "num_stages": stages,
+        "num_warps": warps,
+    }  # fmt: skip
 
 
 def window_statistics(
@@ -151,21 +152,21 @@ def window_statistics(
     length: Tensor,
     seen: Tensor,
     lse: Tensor,
-    mass: Tensor,
-    variance: Tensor,
+    score: Tensor,
     *,
     scale: float,
+    gamma: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Measure how a window of queries attends to the live slots.
 
     Query i is at column `seen[b, h] - Q + i`. It sees slot s iff `s < length` and
-    `0 <= position <= column` and, with a window, `position > column - sliding_window`. With
-    `p = exp(logit - lse)`, 0 where a query does not see a slot or has `lse == -inf`, and per slot:
-    `mass` is the sum of p over the G query heads of the KV head and the queries; `variance` is the
-    sum over the heads of the unbiased variance of p over the queries with `lse > -inf`, 0 where a
-    head has fewer than two of these.
+    `0 <= position <= column` and, with a window, `position > column - sliding_window`. The tokens
+    of the queries are the last live slots of a list. With `p = exp(logit - lse)`, 0 where a query
+    does not see a slot or has `lse == -inf`, and mean and unbiased variance of p over the queries
+    of a head with `lse > -inf` (a variance of fewer than two is 0), the score of a slot is the sum
+    of `mean + gamma * variance` over the G query heads of the KV head.
 
     Args:
         query: `[B, H_q, Q, D]`, float32/float16/bfloat16, finite, last stride 1, `2 <= Q <= 64`.
@@ -175,15 +176,16 @@ def window_statistics(
         length: `[B, H_kv or 1]` int32.
         seen: `[B, H_kv or 1]` int32, the tokens of `query` included.
         lse: `[B, H_q, Q]` float32, log of the softmax denominators.
-        mass: `[B, H_kv, C]` float32. Written where slots are live.
-        variance: `[B, H_kv, C]` float32. Written where slots are live.
+        score: `[B, H_kv, C]` float32. Written where slots are live.
         scale: Factor on the logits.
+        gamma: Factor on the variances.
         sliding_window: Columns that a query sees, its own included. None: all.
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
 
     Returns:
-        `[B, H_kv]` float32, the sum of `-p * log(p)` over the heads, the queries and the live slots
-        with `position < seen - Q`, those older than the window.
+        `[2, B]` float32: the sum of `-p * log(p)` over the heads, the queries and the live slots
+        with `position < seen - Q`, those older than the window, not negative; and the sum of the
+        variances over the heads and these slots.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or Q is out
@@ -202,28 +204,30 @@ def window_statistics(
         length=(length, lists, int32),
         seen=(seen, lists, int32),
         lse=(lse, (batch_size, num_heads, q_len), torch.float32),
-        mass=(mass, (*lists, capacity), torch.float32),
-        variance=(variance, (*lists, capacity), torch.float32),
+        score=(score, (*lists, capacity), torch.float32),
     )
-    if mass.numel() == 0 or num_heads == 0:
-        return query.new_zeros(lists, dtype=torch.float32)
+    if score.numel() == 0 or num_heads == 0:
+        return query.new_zeros((2, batch_size), dtype=torch.float32)
 
-    num_lists = batch_size * num_kv_heads
+    num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     shared = shared_bytes(query.device)
-    blocks = _blocks(q_len, capacity, num_lists, block_d, query.element_size(), shared)
-    num_blocks = triton.cdiv(capacity, blocks["BLOCK_N"])
-    entropy = query.new_empty((*lists, num_blocks), dtype=torch.float32)
+    blocks = _blocks(groups, q_len, block_d, query.element_size(), shared)
+    num_splits = splits(num_lists, triton.cdiv(capacity, blocks["BLOCK_N"]))
+    first_heads = range(0, groups, blocks["HEADS"])
+    shape = (len(first_heads), 2, batch_size, num_kv_heads * num_splits)
+    partial = query.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        _window_statistics_kernel[(num_lists, num_blocks)](
-            query, keys, position, length, seen, lse, mass, variance, entropy,
-            *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
-            *seen.stride(), *lse.stride(), *mass.stride(), *variance.stride(),
-            num_kv_heads, q_len, float(scale), sliding_window or 0, float(softcap or 1.0),
-            GROUPS=num_heads // num_kv_heads, D=head_dim, EVEN_Q=q_len == blocks["BLOCK_Q"],
-            HAS_WINDOW=sliding_window is not None, HAS_SOFTCAP=softcap is not None,
-            UPCAST=INTERPRETED and dtype == torch.bfloat16,
-            PRECISION="ieee" if dtype == torch.float32 else "tf32",
-            BLOCK_D=block_d, **blocks,
-        )  # fmt: skip
-    return entropy.sum(-1)
+        for first_head, sums in zip(first_heads, partial, strict=True):
+            _window_statistics_kernel[(num_lists, num_splits)](
+                query, keys, position, length, seen, lse, score, sums,
+                *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
+                *seen.stride(), *lse.stride(), *score.stride(), partial.stride(1),
+                num_kv_heads, groups, q_len, first_head, float(scale), float(gamma),
+                sliding_window or 0, float(softcap or 1.0),
+                D=head_dim, HAS_WINDOW=sliding_window is not None,
+                HAS_SOFTCAP=softcap is not None, UPCAST=INTERPRETED and dtype == torch.bfloat16,
+                PRECISION="ieee" if dtype == torch.float32 else "tf32",
+                BLOCK_D=block_d, **blocks,
+            )  # fmt: skip
+    return partial.sum((0, 3))
