@@ -144,6 +144,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 
 def decoding(dtype: torch.dtype) -> None:
     from patchkit.decoding.kernels.gated_activation import gated_activation
+    from patchkit.decoding.kernels.gated_matvec import gated_matvec
     from patchkit.decoding.kernels.logit_wave import logit_wave
     from patchkit.decoding.kernels.matvec import matvec
     from patchkit.decoding.kernels.rms_norm import rms_norm
@@ -156,6 +157,7 @@ def decoding(dtype: torch.dtype) -> None:
         matvec(x[0], x, x[:, 0].contiguous())
         for activation in ("silu", "gelu_tanh"):
             gated_activation(x, x, activation=activation)
+            gated_matvec(x[0], x, x, activation=activation)
     for tokens, width, options in (
         (1, 128, {}),
         (2000, 128, {}),

@@ -127,6 +127,19 @@ def gated_mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, *args, **kwargs)
     (x,) = args
     plain = all(_plain_linear(part) for part in (self.gate_proj, self.up_proj, self.down_proj))
+    if plain and x.numel() == x.shape[-1] and _alike(x, self.gate_proj, self.up_proj):
+        product = fused.backend.run(
+            "decoding",
+            "gated_matvec",
+            x.device,
+            x,
+            self.gate_proj.weight,
+            self.up_proj.weight,
+            self.gate_proj.bias,
+            self.up_proj.bias,
+            activation=formula.activation,
+        )
+        return self.down_proj(product)
     if x.shape[:-1].numel() <= _MOST_ROWS or not plain:
         return _gated_mlp_rows(self, fused.backend, formula.activation, x)
     out = torch.empty(*x.shape[:-1], self.down_proj.out_features, dtype=x.dtype, device=x.device)
@@ -153,6 +166,17 @@ def _gated_mlp_rows(self: nn.Module, backend: Backend, activation: str, x: Tenso
 
 def _plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and untouched(module)
+
+
+def _alike(x: Tensor, *linears: nn.Module) -> bool:
+    """Say whether the weights are plain ones that can be read as they are, of the dtype of `x`."""
+    given = [p for linear in linears for p in linear.parameters()]
+    return all(is_plain(p) and p.dtype == x.dtype and p.stride(-1) == 1 for p in given)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor is what it looks like, and not of a quantised or sharded kind."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def untouched(module: nn.Module) -> bool:

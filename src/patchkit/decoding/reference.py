@@ -166,6 +166,32 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result.to(x.dtype)
 
 
+def gated_matvec(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    activation: str,
+) -> Tensor:
+    """Map one vector by gate and up-projection of an MLP; activate and multiply.
+
+    Args:
+        x: `[..., K]`, one vector, any float dtype.
+        gate: `[N, K]`, as `x`.
+        up: As `gate`.
+        gate_bias: `[N]`, as `x`, or None.
+        up_bias: As `gate_bias`.
+        activation: `"silu"` or `"gelu_tanh"`.
+
+    Returns:
+        `[..., N]`, in the dtype of `x`: `gated_activation` of two `matvec`.
+    """
+    gates, ups = matvec(x, gate, gate_bias), matvec(x, up, up_bias)
+    return gated_activation(gates, ups, activation=activation)
+
+
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:
     """Compute the triangular wave of CyclicReflex at `step`.
 

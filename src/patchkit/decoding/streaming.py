@@ -11,15 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from patchkit.decoding.fused import kernels_serve
+from patchkit.decoding.fused import is_plain, kernels_serve
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
-
-_PLAIN = {Tensor, nn.Parameter}
 
 
 class StreamedLinears(TorchFunctionMode):
@@ -49,7 +47,7 @@ class StreamedLinears(TorchFunctionMode):
         given = (x, weight) if bias is None else (x, weight, bias)
         return (
             x.numel() == x.shape[-1]
-            and all(type(t) in _PLAIN and t.dtype == x.dtype for t in given)
+            and all(is_plain(t) and t.dtype == x.dtype for t in given)
             and weight.ndim == 2
             and weight.stride(1) == 1
             and kernels_serve(self._backend, x)

@@ -16,6 +16,16 @@ __all__ = ["gated_activation"]
 
 
 @triton.jit
+def gated(gate, up, dtype: tl.constexpr, GELU: tl.constexpr):
+    # Both float32. The activation is rounded to `dtype` before the product.
+    slope = gate
+    if GELU:  # (1 + tanh(y)) / 2 is the logistic function of 2 y
+        slope = 2 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    activated = gate / (1 + tl.exp(-slope))
+    return (activated.to(dtype).to(tl.float32) * up).to(dtype)
+
+
+@triton.jit
 def _gated_activation_kernel(
     gate_ptr, up_ptr, out_ptr, numel, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -23,12 +33,7 @@ def _gated_activation_kernel(
     mask = offs < numel
     gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    slope = gate
-    if GELU:  # (1 + tanh(y)) / 2 is the logistic function of 2 y
-        slope = 2 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    activated = gate / (1 + tl.exp(-slope))
-    activated = activated.to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + offs, (activated * up).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, gated(gate, up, out_ptr.dtype.element_ty, GELU), mask=mask)
 
 
 def gated_activation(
