@@ -184,7 +184,7 @@ def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int],
         patchkit.apply(model)
         ids = prompt(1, budget - new // 2)  # so that the average context is the budget
         call(model, ids, new)
-        times = [generate_ms(model, ids, new)["token"] for _ in range(3)]
+        times = [generate_ms(model, ids, new)[0]["token"] for _ in range(3)]
         record("eviction", f"8b B1 S{budget} +{new} bf16", "dense", "token", "ms", times)
         release(model)
         for length in lengths:
@@ -192,7 +192,8 @@ def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int],
             for cls in methods[: 3 if length > 100_000 else None]:
                 patchkit.apply(model, cls(budget=budget))
                 call(model, prompt(1, 4096), 4)  # builds and records what is measured
-                for metric, value in generate_ms(model, prompt(1, length), new).items():
+                figures, _ = generate_ms(model, prompt(1, length), new)
+                for metric, value in figures.items():
                     unit = "GB" if "memory" in metric else "ms"
                     record("eviction", config, cls.__name__, metric, unit, [value])
                 release(model)
@@ -211,8 +212,10 @@ class Clock(BaseStreamer):
         pass
 
 
-def generate_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> dict[str, float]:
-    """Time one call: its first token, and every further one.
+def generate_ms(
+    model: PreTrainedModel, ids: torch.Tensor, new: int
+) -> tuple[dict[str, float], patchkit.KVStore]:
+    """Time one call: its first token, and every further one. Return the cache too.
 
     A long prompt takes seconds that differ from call to call by more than its tokens take, so both
     are measured in the same call.
@@ -220,14 +223,15 @@ def generate_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> dict[str
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     clock = Clock()
-    call(model, ids, new, streamer=clock)
+    out = call(model, ids, new, streamer=clock, return_dict_in_generate=True)
     start, first, *_, last = clock.times
     peak = torch.cuda.max_memory_allocated() / 1e9
-    return {
+    figures = {
         "token": (last - first) / (new - 1) * 1e3,
         "first token": (first - start) * 1e3,
         "peak memory": peak,
     }
+    return figures, out.past_key_values
 
 
 def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) -> None:
@@ -239,8 +243,7 @@ def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) 
         before = torch.cuda.memory_allocated()
         ids = prompt(batch_size, length)
         try:
-            figures = generate_ms(model, ids, new)
-            store = call(model, ids, 1, return_dict_in_generate=True).past_key_values
+            figures, store = generate_ms(model, ids, new)
         except torch.OutOfMemoryError:
             print(f"{config} {provider}: out of memory", flush=True)
             release(model)
