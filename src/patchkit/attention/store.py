@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from patchkit.attention.eviction import refuse_custom_mask
-from patchkit.attention.store_layer import ForwardPass, StoreLayer
+from patchkit.attention.forward_pass import ForwardPass
+from patchkit.attention.store_layer import StoreLayer
 from patchkit.errors import CacheError
 from patchkit.families import unwrap
 from patchkit.method import Method

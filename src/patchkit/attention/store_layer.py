@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from patchkit.attention.eviction import EvictionPolicy
+from patchkit.attention.forward_pass import ForwardPass
 from patchkit.backends import Backend
 from patchkit.compat import ordinary_tensors
 from patchkit.errors import CacheError
@@ -28,50 +28,6 @@ _COUNTERS = ("columns", "filled", "rollback", "ragged", "ordered")
 
 def _bucket(tokens: int, step: int = BUCKET) -> int:
     return max(1, math.ceil(tokens / step)) * step
-
-
-@dataclass
-class ForwardPass:
-    """What the layers of one store share during a forward pass.
-
-    Attributes:
-        step: Counts the passes.
-        valid: `[B, T]` bool, False for the padding among the new tokens of this pass; None for
-            none.
-        until: Columns that are known to come, for which slots are allocated at once.
-        horizon: Steps to come, this one included, that must launch the same kernels as this one.
-        recording: Whether launches are recorded for replay instead of run: what is handed out
-            must then have the shape of the whole allocation.
-    """
-
-    step: int = 0
-    valid: Tensor | None = None
-    until: int = 0
-    horizon: int = 1
-    recording: bool = False
-    _placed: dict[torch.device, Tensor] = field(default_factory=dict)
-    _behind: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def begin(self, valid: Tensor | None) -> None:
-        """Open the next pass."""
-        self.step += 1
-        self.valid = valid
-        self._placed.clear()
-        self._behind.clear()
-
-    def valid_on(self, device: torch.device) -> Tensor | None:
-        """Return `valid` on a device, where the layers share it."""
-        if self.valid is not None and device not in self._placed:
-            self._placed[device] = self.valid.to(device, torch.bool)
-        return self._placed.get(device)
-
-    def behind_on(self, device: torch.device) -> Tensor | None:
-        """Return, `[B, T]` int32, how many valid tokens are behind each; None without padding."""
-        valid = self.valid_on(device)
-        if valid is not None and device not in self._behind:
-            behind = valid.sum(-1, keepdim=True) - valid.cumsum(-1)
-            self._behind[device] = behind.to(torch.int32)
-        return self._behind.get(device)
 
 
 class StoreLayer(CacheLayerMixin):
