@@ -125,12 +125,12 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
         compact(keys, values, position, keep, length, *into, *scores, *begins)
     step = torch.zeros(batch_size, heads * groups, 1, head_dim, dtype=dtype)
     lse = torch.zeros(batch_size, heads * groups, 1)
-    append(*held, seen, keys[:, :, :1], values[:, :, :1], first=first)
-    decode_attention(step, *held, seen, scale=0.1, lse=lse, first=first)
+    append(*held, seen, keys[:, :, :1], values[:, :, :1], list_start=first)
+    decode_attention(step, *held, seen, scale=0.1, lse=lse, list_start=first)
     listed = (keys, position, length, seen, lse, scores[0])
-    attention_mass(step, *listed, scale=0.1, decay=0.5, first=first)
+    attention_mass(step, *listed, scale=0.1, decay=0.5, list_start=first)
     recent = torch.zeros_like(seen)
-    evict_lowest(*held, budget, seen, recent, score=scores[0], num_protected=4, first=first)
+    evict_lowest(*held, budget, seen, recent, score=scores[0], num_protected=4, list_start=first)
     recent = torch.zeros_like(seen)
     for score, mean in itertools.product((None, keys[..., 0].float()), (False, True)):
         options = {"num_protected": 4, "mean": mean}

@@ -110,6 +110,17 @@ def _note(atoms: list[Any], value: Any) -> None:
             atoms.extend(v for v in fields.values() if isinstance(v, _SCALARS))
 
 
+def _makeup(model: PreTrainedModel) -> Hashable:
+    """Describe what decides which kernels a step of the model launches."""
+    modules = set()
+    for module in model.modules():
+        held = [p for p in module._parameters.values() if p is not None]
+        shapes = tuple((p.shape, p.stride(), p.dtype) for p in held)
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        modules.add((type(module), hooked, shapes))
+    return frozenset(modules)
+
+
 class GraphPool:
     """Memory and knowledge that the graphs of one model share.
 
@@ -129,6 +140,7 @@ class GraphPool:
         self._handle: Any = None
         self._anchor: torch.cuda.CUDAGraph | None = None
         self._built: set[Hashable] = set()
+        self._doubtful: set[Hashable] = set()
         self._hopeless: set[Hashable] = set()
 
     def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -164,13 +176,19 @@ class GraphPool:
         current.wait_stream(stream)
         return graph
 
-    def give_up(self, key: Hashable, reason: str) -> None:
-        """Remember that steps of a kind cannot be recorded."""
-        self._hopeless.add(key)
-        self.refused = reason
+    def failed(self, key: Hashable, reason: str) -> None:
+        """Remember that a step of a kind could not be recorded.
+
+        A second time is the last: the first may have met a kernel that was not built yet, which
+        the step that now follows does.
+        """
+        if key in self._doubtful:
+            self._hopeless.add(key)
+            self.refused = reason
+        self._doubtful.add(key)
 
     def hopeless(self, key: Hashable) -> bool:
-        """Say whether recording steps of this kind has failed before."""
+        """Say whether recording steps of this kind has failed twice."""
         return key in self._hopeless
 
     def first_time(self, key: Hashable) -> bool:
@@ -277,7 +295,8 @@ class StepGraph:
 
     def _record(self, remaining: int) -> torch.cuda.CUDAGraph | None:
         pool, store = self._pool, self.store
-        kind = (store.layout, self.choice.kind if self.choice.capturable else None)
+        chosen = self.choice.kind if self.choice.capturable else None
+        kind = (store.layout, chosen, _makeup(self._model))
         if not self.choice.token.is_cuda or self._full or pool.hopeless(kind):
             return None
         if pool.first_time(kind):
@@ -297,7 +316,7 @@ class StepGraph:
             self._full = True  # for this call; another may find room
             return None
         except RuntimeError as error:
-            pool.give_up(kind, str(error).splitlines()[0])
+            pool.failed(kind, str(error).splitlines()[0])
             return None
         self._recorded, self._evicts = self._frozen(), evicts
         return graph

@@ -237,8 +237,9 @@ def adakv_rule(budget, floor=0.2, sinks=4, window=32, width=5) -> Rule:
                     drop(state, most, sinks, window, lambda i, s=state: s.tokens.scores[i])
 
     def _shares(row: list[Pass], equal: int) -> list[int]:
-        if sum(len(state.tokens.columns) for state in row) <= equal * len(row):
-            return [equal] * len(row)
+        held = [len(state.tokens.columns) for state in row]
+        if sum(held) <= equal * len(row):
+            return [n + (equal * len(row) - sum(held)) // len(row) for n in held]
         least = min(max(int(equal * floor), sinks + window), equal)
         chosen, others = [least] * len(row), []
         for h, state in enumerate(row):

@@ -63,14 +63,18 @@ def pack(store: Store, score: Tensor, room: Tensor) -> tuple[dict[str, Tensor], 
 
 
 def compare(
-    packed: dict[str, Tensor], first: Tensor, room: Tensor, dense: dict[str, Tensor], length: Tensor
+    packed: dict[str, Tensor],
+    list_start: Tensor,
+    room: Tensor,
+    dense: dict[str, Tensor],
+    length: Tensor,
 ) -> None:
     """Compare live slots, and expect every slot outside of all lists as it was."""
     for name, data in packed.items():
         outside = torch.ones(data.shape[0], data.shape[2], dtype=torch.bool)
         for b in range(length.shape[0]):
             for h in range(length.shape[1]):
-                begin, live = int(first[b, h]), int(length[b, h])
+                begin, live = int(list_start[b, h]), int(length[b, h])
                 outside[b, begin : begin + int(room[b, h])] = False
                 got, want = data[b, h, begin : begin + live], dense[name][b, h, :live]
                 assert torch.equal(got, want), f"{name} of list {b}, {h}"
@@ -97,7 +101,7 @@ def check_append(case: PackedCase, dtype: torch.dtype, device: str = "cpu") -> N
             shape = (case.batch_size, case.num_kv_heads, 1)
             new = [random((*shape, d), 3, dtype, device) for d in (case.head_dim, case.value_dim)]
             held = [packed[name] for name in ("keys", "values", "position")]
-            op(*held, length, seen, *new, valid, first=first)
+            op(*held, length, seen, *new, valid, list_start=first)
             op(*store.tensors, *new, valid)
             assert torch.equal(length, store.length) and torch.equal(seen, store.seen)
             dense = {"keys": store.keys, "values": store.values, "position": store.position}
@@ -112,7 +116,7 @@ def check_decode_attention(case: PackedCase, dtype: torch.dtype, device: str = "
         store, _, _, packed, first, length = _stores(case, dtype, device)
         results = []
         held = [packed[name] for name in ("keys", "values", "position")]
-        for slots, extra in ((store.tensors[:3], {}), (held, {"first": first})):
+        for slots, extra in ((store.tensors[:3], {}), (held, {"list_start": first})):
             lse = query.new_full(query.shape[:3], torch.nan, dtype=torch.float32)
             out = op(query, *slots, length, store.seen, scale=0.3, lse=lse, **extra)
             results.append((out, lse))
@@ -134,7 +138,7 @@ def check_attention_mass(
         dense = (store.keys, store.position, length, store.seen, lse, score)
         shared = (packed["keys"], packed["position"], length, store.seen, lse, packed["score"])
         op(query, *dense, **options)
-        op(query, *shared, **options, first=first)
+        op(query, *shared, **options, list_start=first)
         for b in range(length.shape[0]):
             for h in range(length.shape[1]):
                 begin, live = int(first[b, h]), int(length[b, h])
@@ -157,7 +161,7 @@ def check_evict_lowest(
         ranking = (score, packed["score"]) if scored else (None, None)
         rule = (budget, store.seen, recent)
         op(*store.tensors[:3], store.length, *rule, ranking[0], 1)
-        op(*held, length, *rule, ranking[1], 1, first=first)
+        op(*held, length, *rule, ranking[1], 1, list_start=first)
         assert torch.equal(length, store.length)
         dense = dict(zip(("keys", "values", "position"), store.tensors, strict=False))
         if scored:
@@ -188,7 +192,7 @@ def check_compact(case: PackedCase, dtype: torch.dtype, device: str = "cpu") -> 
 
         unpacked = empty(dense)
         into = [unpacked[name] for name in names]
-        run(*held, every, length, *into, packed["score"], unpacked["score"], first=first)
+        run(*held, every, length, *into, packed["score"], unpacked["score"], list_start=first)
         compare(unpacked, first * 0, length * 0 + 10**6, dense, length)
         for b in range(length.shape[0]):
             for h in range(length.shape[1]):

@@ -66,6 +66,7 @@ CASES = {
         AdaKV(budget=0.6, floor=0.75, **SNAP),
         adakv_rule(0.6, floor=0.75, **WINDOW),
     ),
+    "adakv roomy": (AdaKV(budget=0.8, floor=0.5, **SNAP), adakv_rule(0.8, floor=0.5, **WINDOW)),
     "cake": (CAKE(budget=12, dense_layers=1, **SNAP), cake_rule(12, **WINDOW)),
     "cake tau": (
         CAKE(budget=0.6, tau1=0.5, tau2=2.0, gamma=5.0, **SNAP),
@@ -88,7 +89,7 @@ def positions(store: KVStore) -> list:
     """Return the columns held, by layer, row and head."""
     kept = []
     for layer in store.store_layers:
-        begin = torch.zeros_like(layer.length) if layer.first is None else layer.first
+        begin = torch.zeros_like(layer.length) if layer.list_start is None else layer.list_start
         lists = zip(layer.lists()[2], begin, layer.length, strict=True)
         kept.append(
             [
@@ -115,7 +116,12 @@ def stream(lengths, extra, seed=5):
 @torch.no_grad()
 def feed(model, ids, valid, chunks):
     """Feed a patched model in chunks; yield each chunk's logits and the store."""
-    store, start = None, 0
+    yield from feed_into(None, model, ids, valid, chunks)
+
+
+@torch.no_grad()
+def feed_into(store, model, ids, valid, chunks, start=0):
+    """Do so into a store that holds the columns before `start`."""
     for chunk in chunks:
         end = start + chunk
         position_ids = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, start:end]
@@ -312,7 +318,7 @@ def test_sliding_layers_keep_recent_tokens_only():
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "gemma2", "qwen3_moe"])
-@pytest.mark.parametrize("name", ["h2o", "snapkv", "cake", "tova"])
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "adakv", "cake", "tova"])
 def test_padding_changes_nothing_in_other_families(family, name):
     method, _ = CASES[name]
     model = tiny_model(family)
@@ -418,7 +424,7 @@ def _fail(*_):
     raise RuntimeError("on purpose")
 
 
-@pytest.mark.parametrize("cls", [Window, H2O, CAKE])
+@pytest.mark.parametrize("cls", [Window, H2O, AdaKV, CAKE])
 def test_rows_of_a_store_filled_in_inference_mode_can_be_permuted(cls):
     model = build()
     ids, valid = stream([50, 50], 1)
@@ -485,6 +491,49 @@ def test_heads_that_score_alike_share_to_the_last_token(backend):
         *_, (_, store) = feed(model, ids, valid, [40, 1, 1])
     for layer in store.store_layers:
         assert layer.length.sum(1).eq(60).all() and layer.length.max() <= 16
+
+
+def test_slots_shared_by_heads_serve_the_next_prompt_at_the_same_addresses():
+    model = build(groups=1, layers=2)
+    prompts = [stream([60, 41], 2, seed) for seed in (1, 2)]
+    with patchkit.patched(model, AdaKV(budget=16, **SNAP)):
+        with torch.inference_mode():
+            *_, (_, store) = feed(model, *prompts[0], [60, 1, 1])
+        before = store.addresses
+        store.restart()
+        *_, (logits, _) = feed_into(store, model, *prompts[1], [60, 1, 1])
+        assert store.addresses == before
+        *_, (want, fresh) = feed(model, *prompts[1], [60, 1, 1])
+    torch.testing.assert_close(logits, want, **TOLERANCE)
+    assert positions(store) == positions(fresh)
+
+
+def test_rows_whose_heads_share_slots_are_repeated_and_chosen():
+    model = build(groups=1, layers=2)
+    ids, valid = stream([60, 41], 3)
+    with patchkit.patched(model, AdaKV(budget=16, **SNAP)):
+        *_, (_, store) = feed(model, ids[:, :61], valid[:, :61], [60, 1])
+        kept = positions(store)
+        store.batch_repeat_interleave(2)
+        assert positions(store) == [[row for row in rows for _ in range(2)] for rows in kept]
+        store.batch_select_indices(torch.tensor([3, 0]))
+        assert positions(store) == [rows[::-1] for rows in kept]
+        *_, (logits, _) = feed_into(store, model, ids.flip(0), valid.flip(0), [1, 1], start=61)
+        *_, (want, _) = feed(model, ids, valid, [60, 1, 1, 1])
+    torch.testing.assert_close(logits, want.flip(0), **TOLERANCE)
+
+
+def test_shared_slots_wait_for_crop():
+    model = build(groups=1, layers=2)
+    ids, valid = stream([60, 41], 9)
+    with patchkit.patched(model, AdaKV(budget=16, **SNAP)):
+        *_, (_, store) = feed(model, ids[:, :61], valid[:, :61], [60, 1])
+        store.activate_past_recording()
+        list(feed_into(store, model, ids, valid, [1, 3], start=61))
+        assert all(layer.list_start is None for layer in store.store_layers)
+        store.crop(0)
+        assert all(layer.length.sum(1).eq(4 * 16).all() for layer in store.store_layers)
+        assert all(layer.list_start is not None for layer in store.store_layers)
 
 
 def test_a_floor_of_one_is_snapkv():
@@ -565,7 +614,7 @@ def test_settings_are_checked(message, make):
         make()
 
 
-@pytest.mark.parametrize("name", ["h2o", "cake", "snapkv fraction", "tova"])
+@pytest.mark.parametrize("name", ["h2o", "adakv", "cake", "snapkv fraction", "tova"])
 def test_a_saved_store_goes_on_where_it_was(name, tmp_path):
     method, _ = CASES[name]
     model = build(dtype=torch.float32)
@@ -613,7 +662,7 @@ def test_the_report_counts_what_went():
     assert "evicted" in str(report) and "instead of" in str(report)
 
 
-@pytest.mark.parametrize("name", ["h2o", "snapkv", "cake", "tova"])
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "adakv", "cake", "tova"])
 def test_a_chunked_prompt_is_the_same_as_its_chunks(name):
     method, _ = CASES[name]
     model = build()

@@ -496,3 +496,22 @@ def test_the_kernel_gives_the_bits_of_transformers_on_a_gpu(family, tokens, dtyp
     width = 64 if formula.table == HALF else 128
     args = inputs(2, 32, 8, tokens, 128, width, dtype)
     same_bits(rotary(*args, **vars(formula)), function_of(family)(*args))
+
+
+def test_a_decorator_with_an_empty_cell_is_left_alone(monkeypatch):
+    model = tiny_model("llama")
+    kind = type(model.model.layers[0].self_attn)
+
+    def decorate(forward):
+        @functools.wraps(forward)
+        def decorated(*args, **kwargs):
+            return forward(*args, **kwargs) if later is None else later
+
+        if kwargs_are_wrong:
+            later = 1
+        return decorated
+
+    kwargs_are_wrong = False
+    monkeypatch.setattr(kind, "forward", decorate(kind.forward))
+    patchkit.apply(model)
+    assert patchkit.report(model).fused["rotary embeddings"] == (0, 2)

@@ -37,9 +37,13 @@ def logits_of(model, batch=None, new_tokens=12, **kwargs):
     return torch.stack(out.logits)
 
 
-def tokens_of(model, new_tokens=12, **kwargs):
+def tokens_of(model, new_tokens=12, batch=None, **kwargs):
     return model.generate(
-        **batch_of(), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **kwargs
+        **(batch or batch_of()),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **kwargs,
     )
 
 
@@ -134,6 +138,25 @@ def test_answers_follow_adapters():
     model.merge_adapter(), plain.merge_adapter()
     same()
     assert len({tuple(tokens.flatten().tolist()) for tokens in seen}) >= 4
+
+
+def test_steps_at_batch_1_are_recorded_whatever_adapters_ask_for():
+    plain, model = lora(build()), lora(build())
+    patchkit.apply(model)
+    one = batch_of((9,))
+    for _ in range(2):
+        assert torch.equal(tokens_of(model, batch=one), tokens_of(plain, batch=one))
+    for m in (model, plain):
+        torch.manual_seed(5)
+        parts = ["q_proj", "gate_proj", "down_proj"]
+        m.add_adapter("other", LoraConfig(r=6, target_modules=parts, init_lora_weights=False))
+        m.set_adapter("other")
+    for _ in range(2):
+        before = patchkit.report(model).steps["replayed"]
+        assert torch.equal(tokens_of(model, batch=one), tokens_of(plain, batch=one))
+        report = patchkit.report(model)
+        assert report.unrecorded is None and report.steps["replayed"] > before
+    assert report.calls["matvec"]["triton"] > 0
 
 
 def test_answers_follow_hooks_and_training_mode():

@@ -28,7 +28,8 @@ Source
     Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference,
     arXiv 2407.11550, algorithm 1 on top of SnapKV. Differs as SnapKV does, and: the floor is a
     guarantee for the best tokens of a head, where the paper mixes budgets with equal ones; budgets
-    are divided whenever more than one token is fed, and hold while single ones are.
+    are divided whenever more than one token is fed, and hold while single ones are. Rows that fit
+    are not cut; their heads get equal parts of the room that is left, rounded down.
 """
 
 from __future__ import annotations
@@ -61,19 +62,19 @@ class HeadVotes(WindowVotes):
 
     def counters(self) -> dict[str, Any]:
         """Return what the host knows of the budget."""
-        return super().counters() | {"total": self.total}
+        return super().counters() | {"shared_total": self.shared_total}
 
     def set_budget(self, layer: StoreLayer) -> None:
         """Give all heads the same until `evict_many` divides it."""
         super().set_budget(layer)
         self._set_in_place("average", self.budget)
         num_heads = layer.length.shape[1]
-        self.total = num_heads * self.highest if num_heads > 1 else None
+        self.shared_total = num_heads * self.highest if num_heads > 1 else None
 
     def evict_many(self, layer: StoreLayer) -> None:
         """Divide the budget, then keep the best tokens of every list."""
-        if self.total is not None:
-            self._divide(layer, self.total)
+        if self.shared_total is not None:
+            self._divide(layer, self.shared_total)
         super().evict_many(layer)
 
     def _divide(self, layer: StoreLayer, total: int) -> None:

@@ -78,8 +78,8 @@ class EvictionPolicy:
     mean: bool = False
     """Whether the score is a sum over the queries since the token came, to be divided by them."""
 
-    total: int | None = None
-    """Bound on the tokens of all KV heads of a row together, whose budgets differ; None: alike."""
+    shared_total: int | None = None
+    """Where the lists of a row share its slots: bound on their budgets together."""
 
     per_head: bool
     """Whether the KV heads of a row may keep different tokens."""
@@ -230,7 +230,7 @@ class EvictionPolicy:
             score=None if layer.score is None else layer.scores,
             num_protected=self.num_sink_tokens,
             mean=self.mean,
-            first=layer.first,
+            list_start=layer.list_start,
         )
         self.note_eviction(layer)
 
@@ -257,7 +257,7 @@ class EvictionPolicy:
         Returns:
             `[B, H_kv, min(most, filled)]` int32: the picked slots ascending, then `filled`.
         """
-        assert layer.first is None
+        assert layer.list_start is None
         return layer.backend.run(
             "attention",
             "select_top",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from patchkit.attention.dense import (
 from patchkit.attention.eviction import Attended, refuse_custom_mask
 from patchkit.attention.store import KVStore, check_cache
 from patchkit.attention.store_layer import StoreLayer
+from patchkit.backends import Backend
 from patchkit.compat import CACHE_KEYWORD, find_cache
 from patchkit.errors import CacheError, UnsupportedGenerationError, UnsupportedModelError
 
@@ -191,27 +192,20 @@ def _attend_store(
     """
     backend, policy = patch.backend, layer.policy
     q_len, groups = query.shape[2], query.shape[1] // key.shape[1]
-    causal = layer.unmasked(q_len) == "causal"
     custom = attention_mask is not None and attention_mask.ndim == 4
     scored = policy is not None and policy.scored
     if custom and scored:
         refuse_custom_mask()  # the model's own; `KVStore.begin` has refused the caller's
-    lse, visible = None, None
-    by_torch = causal and prefers_torch(query, value, **options)
-    with_lse = scored and by_torch and cudnn_serves(query, key, value)
-    if by_torch and not with_lse:
-        by_torch = policy is None or not policy.needs_lse(q_len)
-    if custom:
-        visible = _mask_of_columns(attention_mask, layer)
-    elif layer.first is None and (by_torch or backend.choose(layer.device) == "reference"):
-        visible = layer.visibility(q_len)
+    lse = None
+    means = "torch" if custom else _means(backend, layer, query, key, value, options)
     keys, values, position = layer.lists()
     if key.data_ptr() != layer.keys.data_ptr():  # MLA: expanded from the latent slots
         keys, values, position = key, value, position[:, :, : key.shape[2]]
-    if visible == "causal" and with_lse:
+    if means == "cudnn":
         backend.calls["dense_attention", "torch"] += 1
         out, lse = cudnn_attention(query, key, value, scale=options["scale"])
-    elif visible is not None:
+    elif means == "torch":
+        visible = _mask_of_columns(attention_mask, layer) if custom else layer.visibility(q_len)
         mask = visible if isinstance(visible, Tensor) else None
         backend.calls["dense_attention", "torch"] += 1
         out = dense_attention(
@@ -224,7 +218,7 @@ def _attend_store(
         kernel = {**options, "sliding_window": layer.sliding_window, "lse": lse}
         few = q_len <= 16 and q_len * groups <= _MAX_DECODE_ROWS and q_len < layer.columns
         if few:
-            kernel["first"] = layer.first
+            kernel["list_start"] = layer.list_start
         else:
             kernel |= {"behind": layer.behind, "ordered": layer.ordered}
         op = "decode_attention" if few else "prefill_attention"
@@ -235,6 +229,28 @@ def _attend_store(
         policy.observe(layer, Attended(query, keys, position, lse, masking, options["sinks"]))
     layer.commit()
     return out
+
+
+def _means(
+    backend: Backend,
+    layer: StoreLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+) -> Literal["cudnn", "torch", "slots"]:
+    """Choose what attends: cuDNN for its denominators, torch, or a kernel over the slots."""
+    if layer.list_start is not None:
+        return "slots"
+    policy, q_len = layer.policy, query.shape[2]
+    if layer.unmasked(q_len) == "causal" and prefers_torch(query, value, **options):
+        if policy is None or not policy.scored:
+            return "torch"
+        if cudnn_serves(query, key, value):
+            return "cudnn"
+        if not policy.needs_lse(q_len):
+            return "torch"
+    return "torch" if backend.choose(layer.device) == "reference" else "slots"
 
 
 def _mask_of_columns(mask: Tensor, layer: StoreLayer) -> Tensor:

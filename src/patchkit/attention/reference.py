@@ -7,9 +7,9 @@ One layer of a KV store is, for every (row b, KV head h), its own list of slots:
 * `length` `[B, H]` int32, the number of live slots, which always come first,
 * `seen` `[B, H]` int32, the number of columns consumed so far, evicted and padding ones included.
 
-Where heads keep lists of different sizes, all lists of a row may share one run of C slots: `first`
-`[B, H]` int32 then says where each begins, and `keys`, `values`, `position` and scores are `[B, 1,
-C, ...]` expanded over H.
+Where heads keep lists of different sizes, all lists of a row may share one run of C slots:
+`list_start` `[B, H]` int32 then says where each begins, and `keys`, `values`, `position` and scores
+are `[B, 1, C, ...]` expanded over H.
 
 All operations work in place, use tensor arithmetic only and never read a device value on the
 host. Slots past `length` may hold anything, NaN included.
@@ -51,7 +51,7 @@ def append(
     new_values: Tensor,
     valid: Tensor | None = None,
     start: int | None = None,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
 ) -> None:
     """Store the tokens of one forward pass behind the live slots of every list.
 
@@ -69,8 +69,8 @@ def append(
         new_values: `[B, H, T, D_v]`, as `keys`.
         valid: `[B, T]` bool, False for padding, which consumes a column but no slot. None: all.
         start: The length of all lists, where the caller knows that it is one: a slice is written
-            then, which is much cheaper on a CPU. Needs `valid` and `first` to be None.
-        first: `[B, H]` int32, see above. None: every list has C slots of its own.
+            then, which is much cheaper on a CPU. Needs `valid` and `list_start` to be None.
+        list_start: `[B, H]` int32, see above. None: every list has C slots of its own.
     """
     row, head = _lists(keys)
     num_tokens = new_keys.shape[2]
@@ -85,8 +85,8 @@ def append(
         return
     if valid is None:
         slot = length.unsqueeze(-1) + tokens
-        if first is not None:
-            slot = slot + first.unsqueeze(-1)
+        if list_start is not None:
+            slot = slot + list_start.unsqueeze(-1)
         column = seen.unsqueeze(-1) + tokens
     else:
         # A padding token repeats the write of the nearest valid token before it (or of the first
@@ -98,15 +98,15 @@ def append(
         source = torch.where(valid, tokens, 0).cummax(-1).values.maximum(leading)[:, None, :]
         some = (count > 0)[:, :, None]  # [B, 1, 1]
         slot = length.unsqueeze(-1) + rank[:, None, :]
-        if first is not None:
-            slot = slot + first.unsqueeze(-1)
+        if list_start is not None:
+            slot = slot + list_start.unsqueeze(-1)
         slot = slot.clamp_max(keys.shape[2] - 1)
         old, new = (row, head, slot), (row, head, source)
         column = torch.where(some, seen.unsqueeze(-1) + source, position[old])
         new_keys = torch.where(some[..., None], new_keys[new], keys[old])
         new_values = torch.where(some[..., None], new_values[new], values[old])
     for data, new in ((keys, new_keys), (values, new_values), (position, column.int())):
-        _put(data, first, slot, new)
+        _put(data, list_start, slot, new)
     length += num_tokens if valid is None else count.int()
     seen += num_tokens
 
@@ -125,7 +125,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     indices: Tensor | None = None,
     index_count: Tensor | None = None,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
@@ -149,7 +149,7 @@ def decode_attention(
         sinks: `[H_q]`, any float dtype. One more logit per query head, in the denominator only.
         indices: `[B, H_kv, N]` int32. Attend to these slots only; no duplicates.
         index_count: `[B, H_kv]` int32. Entries of `indices` in use; those behind are ignored.
-        first: `[B, H_kv]` int32, see above. None: every list has C slots of its own.
+        list_start: `[B, H_kv]` int32, see above. None: every list has C slots of its own.
         out: `[B, Q, H_q, D_v]` contiguous, as `query`. Written and returned if given.
         lse: `[B, H_q, Q]` float32 contiguous. Written if given: the natural log of the softmax
             denominator, -inf where a query sees nothing and has no sink.
@@ -159,7 +159,7 @@ def decode_attention(
     """
     batch_size, num_heads, q_len, _ = query.shape
     num_kv_heads = keys.shape[1]
-    keys, values, position = (_own(data, first) for data in (keys, values, position))
+    keys, values, position = (_own(data, list_start) for data in (keys, values, position))
     compute = torch.promote_types(query.dtype, torch.float32)
     slot_live = torch.arange(keys.shape[2], device=keys.device) < length.unsqueeze(-1)
     live = slot_live & (position >= 0)  # [B, H_kv or 1, C]
@@ -280,7 +280,7 @@ def attention_mass(
     num_new: int = 0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
 ) -> None:
     """Add the attention that every live slot receives to its score.
 
@@ -301,10 +301,10 @@ def attention_mass(
         num_new: Newest columns whose slots enter with a score of 0, whatever is stored there.
         sliding_window: Columns that a query sees, its own included. None: all.
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
-        first: `[B, H_kv]` int32, see above. None: every list has C slots of its own.
+        list_start: `[B, H_kv]` int32, see above. None: every list has C slots of its own.
     """
     shared = score
-    keys, position, score = (_own(data, first) for data in (keys, position, score))
+    keys, position, score = (_own(data, list_start) for data in (keys, position, score))
     total = torch.zeros_like(score)
     store = (keys, position, length, seen)
     for part, logits in _logit_blocks(query, *store, scale, sliding_window, softcap):
@@ -314,10 +314,10 @@ def attention_mass(
         total += decay * torch.where(old, score, 0)
     slot = torch.arange(keys.shape[2], device=keys.device)
     live = slot < length.unsqueeze(-1)
-    if first is None:
+    if list_start is None:
         score.copy_(torch.where(live, total, score))
     else:
-        _put_live(shared, first, total, live)
+        _put_live(shared, list_start, total, live)
 
 
 def window_statistics(
@@ -426,13 +426,13 @@ def compact(
     out_position: Tensor,
     score: Tensor | None = None,
     out_score: Tensor | None = None,
-    first: Tensor | None = None,
-    out_first: Tensor | None = None,
+    list_start: Tensor | None = None,
+    out_list_start: Tensor | None = None,
 ) -> None:
     """Copy the kept slots of every list to the front of another store.
 
     `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < keep_count[b, h]`. The slots behind that are
-    emptied, positions to -1 and the rest to 0, unless `out_first` is given.
+    emptied, positions to -1 and the rest to 0, unless `out_list_start` is given.
 
     Args:
         keys: `[B, H, C, D]`, any float dtype.
@@ -445,22 +445,22 @@ def compact(
         out_position: `[B, H, C_out]` int32. Written.
         score: `[B, H, C]` float32, or None.
         out_score: `[B, H, C_out]` float32. Written; given exactly if `score` is.
-        first: `[B, H]` int32, see above. None: every list has C slots of its own.
-        out_first: The same of the other store.
+        list_start: `[B, H]` int32, see above. None: every list has C slots of its own.
+        out_list_start: The same of the other store.
     """
     width = min(keep.shape[2], out_keys.shape[2])
     live = torch.arange(width, device=keys.device) < keep_count.unsqueeze(-1)
     slots = torch.where(live, keep[:, :, :width], 0).long()
-    if first is not None:
-        slots = slots + first.unsqueeze(-1)
+    if list_start is not None:
+        slots = slots + list_start.unsqueeze(-1)
     row, head = _lists(keys)
     pairs = [(keys, out_keys, 0), (values, out_values, 0), (position, out_position, -1)]
     if score is not None and out_score is not None:
         pairs.append((score, out_score, 0))
     for source, target, empty in pairs:
         kept = source[row, head, slots]
-        if out_first is not None:
-            _put_live(target, out_first, kept, live)
+        if out_list_start is not None:
+            _put_live(target, out_list_start, kept, live)
             continue
         target[:, :, width:] = empty
         target[:, :, :width] = kept.masked_fill_(
@@ -538,7 +538,7 @@ def evict_lowest(
     score: Tensor | None = None,
     num_protected: int = 0,
     mean: bool = False,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
 ) -> None:
     """Evict one slot from every list that is longer than its budget.
 
@@ -560,15 +560,15 @@ def evict_lowest(
         num_protected: Leading slots that are never evicted.
         mean: Rank by `score / (seen - position)`, the score per column since the slot was filled.
             Moves `score` all the same. Ignored without `score`.
-        first: `[B, H]` int32, see above. None: every list has C slots of its own.
+        list_start: `[B, H]` int32, see above. None: every list has C slots of its own.
     """
-    age = _own(position, first)
+    age = _own(position, list_start)
     slot = torch.arange(age.shape[2], device=age.device)
     barred = (slot < num_protected) | (slot >= length.unsqueeze(-1))
     barred |= age >= (seen - recent).unsqueeze(-1)
     evict = (length > budget).unsqueeze(-1) & ~barred.all(-1, keepdim=True)
     if score is not None:
-        lowest = _own(score, first)
+        lowest = _own(score, list_start)
         lowest = lowest / (seen.unsqueeze(-1) - age) if mean else lowest
         lowest = lowest.masked_fill(barred, torch.inf)
         barred |= lowest > lowest.amin(-1, keepdim=True)
@@ -576,12 +576,12 @@ def evict_lowest(
     last = (length.unsqueeze(-1) - 1).clamp_min(0).long()  # [B, H, 1]
     # Lists that keep everything copy their last slot onto itself.
     victim = torch.where(evict, oldest.argmin(-1, keepdim=True), last)
-    if first is not None:
-        last, victim = last + first.unsqueeze(-1), victim + first.unsqueeze(-1)
+    if list_start is not None:
+        last, victim = last + list_start.unsqueeze(-1), victim + list_start.unsqueeze(-1)
     row, head = _lists(keys)
     for data in (keys, values, position) if score is None else (keys, values, position, score):
-        _put(data, first, victim, data[row, head, last])
-    _put(position, first, last, position[row, head, last].masked_fill(evict, -1))
+        _put(data, list_start, victim, data[row, head, last])
+    _put(position, list_start, last, position[row, head, last].masked_fill(evict, -1))
     length -= evict.squeeze(-1).int()
 
 
@@ -670,32 +670,32 @@ def _weights(logits: Tensor, lse: Tensor) -> Tensor:
     return logits.sub_(lse.unsqueeze(-1)).exp_()
 
 
-def _own(data: Tensor, first: Tensor | None) -> Tensor:
-    """Return `[B, H, C, ...]` slots in which every list begins at 0; a copy if `first` is given."""
-    if first is None:
+def _own(data: Tensor, list_start: Tensor | None) -> Tensor:
+    """Return `[B, H, C, ...]` slots in which every list begins at 0; a copy where it did not."""
+    if list_start is None:
         return data
     row, head = _lists(data)
-    slot = first.unsqueeze(-1) + torch.arange(data.shape[2], device=data.device)
+    slot = list_start.unsqueeze(-1) + torch.arange(data.shape[2], device=data.device)
     return data[row, head, slot.clamp_max_(data.shape[2] - 1)]
 
 
-def _put(data: Tensor, first: Tensor | None, slot: Tensor, new: Tensor) -> None:
+def _put(data: Tensor, list_start: Tensor | None, slot: Tensor, new: Tensor) -> None:
     """Write to slots `[B, H, S]`, counted from the begin of their row."""
     row, head = _lists(data)
-    if first is None:
+    if list_start is None:
         data[row, head, slot] = new
     else:  # which cannot be written through its expanded heads
         data[:, :1][row, 0, slot] = new
 
 
-def _put_live(data: Tensor, first: Tensor, new: Tensor, live: Tensor) -> None:
+def _put_live(data: Tensor, list_start: Tensor, new: Tensor, live: Tensor) -> None:
     """Write `[B, H, S, ...]` to the first slots of lists that share a row, where `live`."""
     # The others write once more what slot 0 gets, which is its own content in an empty list.
     row, head = _lists(data)
     rank = torch.where(live, torch.arange(live.shape[2], device=data.device), 0)
-    slot = first.unsqueeze(-1) + rank
+    slot = list_start.unsqueeze(-1) + rank
     some = live[:, :, :1].unsqueeze(-1) if data.ndim == 4 else live[:, :, :1]
-    _put(data, first, slot, torch.where(some, new[row, head, rank], data[row, head, slot]))
+    _put(data, list_start, slot, torch.where(some, new[row, head, rank], data[row, head, slot]))
 
 
 def _lists(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def _mass(
         lse,
         score,
         **options,
-        first=layer.first,
+        list_start=layer.list_start,
         **attended.masking,
     )
 

@@ -54,7 +54,7 @@ class StoreLayer(CacheLayerMixin):
     length: Tensor
     seen: Tensor
     score: Tensor | None = None
-    first: Tensor | None = None
+    list_start: Tensor | None = None
     """`[B, H_kv]` int32: where heads keep lists of different sizes, those of a row share its slots,
     and this says where each begins. None: every list has `capacity` slots of its own."""
 
@@ -79,7 +79,7 @@ class StoreLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop every token and free the memory."""
-        self.keys = self.values = self.score = self.first = None
+        self.keys = self.values = self.score = self.list_start = None
         self.is_initialized = False
         self.columns = 0
         self.filled = 0  # host-side upper bound on `length`
@@ -185,7 +185,7 @@ class StoreLayer(CacheLayerMixin):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a layer between two passes holds: its tensors, and the host's bookkeeping."""
         tensors = self.tensors() if self.is_initialized else {}
-        for name in self._slots() if self.first is None else ():
+        for name in self._slots() if self.list_start is None else ():
             tensors[name] = tensors[name][:, :, : self.filled]
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return tensors, counters | {"policy": self.policy and self.policy.counters()}
@@ -213,8 +213,8 @@ class StoreLayer(CacheLayerMixin):
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the layer by its name."""
         held = self._slots() | {"length": self.length, "seen": self.seen}
-        if self.first is not None:
-            held["first"] = self.first
+        if self.list_start is not None:
+            held["list_start"] = self.list_start
         return held if self.policy is None else held | self.policy.tensors()
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
@@ -223,10 +223,13 @@ class StoreLayer(CacheLayerMixin):
             setattr(self if name in StoreLayer.__annotations__ else self.policy, name, tensor)
 
     def lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys, values and positions, `[B, H_kv, capacity, ...]`."""
-        if self.first is None:
+        """Return keys, values and positions, `[B, H_kv, capacity, ...]`, as operations take them.
+
+        `keys`, `values` and `position` themselves, and `score` beside `scores`, are the memory.
+        """
+        if self.list_start is None:
             return self.keys, self.values, self.position
-        heads = self.first.shape[1]
+        heads = self.list_start.shape[1]
         return (
             self.keys.expand(-1, heads, -1, -1),
             self.values.expand(-1, heads, -1, -1),
@@ -305,7 +308,7 @@ class StoreLayer(CacheLayerMixin):
             )
         new_tokens = key_states.shape[-2]
         self._step = self._forward.step
-        if self.first is not None and (new_tokens > 1 or self.record_past):
+        if self.list_start is not None and (new_tokens > 1 or self.record_past):
             self._unpack(new_tokens)  # a list has room for one token, which evicts another
         bounded = self.policy is not None  # compaction follows, which makes room of its own
         ahead = 0 if bounded else self._forward.until - self.columns
@@ -323,7 +326,7 @@ class StoreLayer(CacheLayerMixin):
             value_states.to(self.dtype),
             valid,
             start=None if self.ragged or self._per_head else self.filled,
-            first=self.first,
+            list_start=self.list_start,
         )
         if self.policy is not None and (new_tokens > 1 or self.columns == 0):
             self.policy.count(new_tokens, valid)
@@ -332,7 +335,7 @@ class StoreLayer(CacheLayerMixin):
         self.rollback += new_tokens
         self._open = new_tokens
         keys, values, _ = self.lists()
-        whole = self._forward.recording or self.first is not None
+        whole = self._forward.recording or self.list_start is not None
         shown = self.capacity if whole else self.filled
         return keys[:, :, :shown], values[:, :, :shown]
 
@@ -424,13 +427,14 @@ class StoreLayer(CacheLayerMixin):
             most: Upper bound on `count`.
         """
         policy = self.policy
-        if policy is None or policy.total is None:
+        if policy is None or policy.shared_total is None:
             self._move(keep, count, _bucket(most + 1, BOUND), None)
         else:
             room = policy.budget + 1  # a step appends before it evicts
-            first = (room.cumsum(-1) - room).int()
-            capacity = _bucket(policy.total + room.shape[1], BOUND)
-            self._move(keep, count, capacity, first)
+            with ordinary_tensors():
+                list_start = (room.cumsum(-1) - room).int().clone()
+            capacity = _bucket(policy.shared_total + room.shape[1], BOUND)
+            self._move(keep, count, capacity, list_start)
         self.length.copy_(count)
         self.filled = min(self.filled, most)
         self.rollback = 0
@@ -438,15 +442,16 @@ class StoreLayer(CacheLayerMixin):
 
     def _unpack(self, new_tokens: int) -> None:
         """Give every list slots of its own again, and room for a chunk."""
+        self.filled = int(self.length.max())  # the bound may be as large as all heads together
         every = torch.arange(self.filled, dtype=torch.int32, device=self.device)
         every = every.expand(*self.length.shape, -1)
         self._move(every, self.length, _bucket(self.filled + new_tokens), None)
 
-    def _move(self, keep: Tensor, count: Tensor, capacity: int, first: Tensor | None) -> None:
-        """Copy tokens into other slots, in lists that begin at `first` if that is given."""
+    def _move(self, keep: Tensor, count: Tensor, capacity: int, list_start: Tensor | None) -> None:
+        """Copy tokens into other slots, in lists that begin at `list_start` if that is given."""
         spare, self._spare = self._spare, None
-        shared = first is not None
-        if spare and spare["keys"].shape[2] == capacity and ("first" in spare) == shared:
+        shared = list_start is not None
+        if spare and spare["keys"].shape[2] == capacity and ("list_start" in spare) == shared:
             slots = {name: spare[name] for name in self._slots()}
         else:  # where lists have slots of their own, what lies behind them is emptied below
             spare = None
@@ -464,14 +469,14 @@ class StoreLayer(CacheLayerMixin):
             slots["position"].expand(-1, heads, -1),
             None if self.score is None else self.scores,
             None if score is None else score.expand(-1, heads, -1),
-            self.first,
-            first,
+            self.list_start,
+            list_start,
         )
         self._hold(slots)
         self.capacity = self.keys.shape[2]
-        if first is not None and spare is not None:  # recorded steps know the address
-            first = spare["first"].copy_(first)
-        self.first = first
+        if list_start is not None and spare is not None:  # recorded steps know the address
+            list_start = spare["list_start"].copy_(list_start)
+        self.list_start = list_start
 
     # -- replayed steps -----------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def _find(forward: Callable[..., Any], backend: Backend) -> FusedRotary | None:
     served = {wider: formula for wider, formula in formulas.items() if formula is not None}
     try:
         return FusedRotary(backend, forward, names[0], function, served) if served else None
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a decorator with an empty cell
         return None
 
 

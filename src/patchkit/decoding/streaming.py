@@ -46,9 +46,12 @@ class StreamedLinears(TorchFunctionMode):
     def _serves(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         given = (x, weight) if bias is None else (x, weight, bias)
         return (
-            x.numel() == x.shape[-1]
-            and all(is_plain(t) and t.dtype == x.dtype for t in given)
+            x.ndim > 0
+            and x.numel() == x.shape[-1] > 0
+            and all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in given)
             and weight.ndim == 2
+            and weight.shape[1] == x.shape[-1]
             and weight.stride(1) == 1
+            and (bias is None or bias.shape == weight.shape[:1])
             and kernels_serve(self._backend, x)
         )

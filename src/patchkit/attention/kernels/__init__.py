@@ -35,21 +35,23 @@ def per_head(num_heads: int, num_kv_heads: int, *bookkeeping: Tensor) -> tuple[T
     )
 
 
-def starts(first: Tensor | None, placeholder: Tensor) -> Tensor:
+def starts(list_start: Tensor | None, placeholder: Tensor) -> Tensor:
     """Return what a kernel gets as the first slots of its lists, `[B, H]`, or an unused tensor.
 
     Raises:
         ValueError: the first slots are not contiguous.
     """
-    if first is None:
+    if list_start is None:
         return placeholder
-    if not first.is_contiguous():
-        raise ValueError(f"first: expected a contiguous tensor, got strides {first.stride()}")
-    return first
+    if not list_start.is_contiguous():
+        raise ValueError(
+            f"list_start: expected a contiguous tensor, got strides {list_start.stride()}"
+        )
+    return list_start
 
 
 @triton.jit
-def first_slot(first_ptr, number, HAS_FIRST: tl.constexpr):
+def first_slot(list_start_ptr, number, HAS_LIST_START: tl.constexpr):
     # The first slot of list `number`, counted over rows and heads; 0 where it has slots of its own.
-    first = tl.load(first_ptr + number) if HAS_FIRST else 0
-    return tl.cast(first, tl.int64)
+    list_start = tl.load(list_start_ptr + number) if HAS_LIST_START else 0
+    return tl.cast(list_start, tl.int64)

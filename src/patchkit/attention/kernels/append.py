@@ -29,7 +29,7 @@ def _append_kernel(
     new_keys_ptr,
     new_values_ptr,
     valid_ptr,
-    first_ptr,
+    list_start_ptr,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -56,7 +56,7 @@ def _append_kernel(
     D: tl.constexpr,
     D_V: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
+    HAS_LIST_START: tl.constexpr,
     UPDATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -87,7 +87,7 @@ def _append_kernel(
         count = num_tokens
         rank = offs_t
 
-    slot = first_slot(first_ptr, tl.program_id(0), HAS_FIRST) + length + rank  # [BLOCK_T]
+    slot = first_slot(list_start_ptr, tl.program_id(0), HAS_LIST_START) + length + rank  # [BLOCK_T]
     token = offs_t.to(tl.int64)
     new_keys_ptr += b * stride_nkb + h * stride_nkh
     new_values_ptr += b * stride_nvb + h * stride_nvh
@@ -123,7 +123,7 @@ def append(
     new_values: Tensor,
     valid: Tensor | None = None,
     start: int | None = None,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
 ) -> None:
     """Store the tokens of one forward pass behind the live slots of every list.
 
@@ -142,8 +142,8 @@ def append(
         new_values: `[B, H, T, D_v]`, as `keys`.
         valid: `[B, T]` bool, False for padding, which consumes a column but no slot. None: all.
         start: Not used: a captured launch must read `length` on the device.
-        first: `[B, H]` int32 contiguous, first slot of each list where those of a row share C slots
-            (and `keys`, ... are expanded over H). None: every list has C slots of its own.
+        list_start: `[B, H]` int32 contiguous, first slot of each list where those of a row share
+            C slots (and `keys`, ... are expanded over H). None: each has C slots of its own.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, or an input requires grad.
@@ -160,7 +160,7 @@ def append(
         new_keys=(new_keys, (*lists, num_tokens, head_dim), dtype),
         new_values=(new_values, (*lists, num_tokens, value_dim), dtype),
         valid=(valid, (batch_size, num_tokens), torch.bool),
-        first=(first, lists, int32),
+        list_start=(list_start, lists, int32),
     )
     if num_tokens == 0 or batch_size * num_heads == 0:
         return
@@ -178,7 +178,7 @@ def append(
             new_keys,
             new_values,
             mask,
-            starts(first, length),
+            starts(list_start, length),
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
@@ -192,7 +192,7 @@ def append(
             D=head_dim,
             D_V=value_dim,
             HAS_VALID=valid is not None,
-            HAS_FIRST=first is not None,
+            HAS_LIST_START=list_start is not None,
             UPDATE=single,
             BLOCK_T=block_t,
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),

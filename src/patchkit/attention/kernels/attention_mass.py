@@ -84,13 +84,13 @@ def _add_tiles(
 
 @triton.jit(do_not_specialize=["num_lists", "num_kv_heads", "num_new", "sliding_window"])
 def _attention_mass_kernel(
-    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, first_ptr,
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, list_start_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
     stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
     num_lists, num_kv_heads, q_len, scale, decay, num_new, sliding_window, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, HEADS: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -105,10 +105,10 @@ def _attention_mass_kernel(
     slot = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
     live = slot < length
     offs_d = tl.arange(0, BLOCK_D)
-    list_first = first_slot(first_ptr, pid, HAS_FIRST)
-    position_ptr += b * stride_pb + h * stride_ph + list_first * stride_ps
+    list_start = first_slot(list_start_ptr, pid, HAS_LIST_START)
+    position_ptr += b * stride_pb + h * stride_ph + list_start * stride_ps
     position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)  # [BLOCK_N]
-    keys_ptr += b * stride_kb + h * stride_kh + list_first * stride_ks
+    keys_ptr += b * stride_kb + h * stride_kh + list_start * stride_ks
     k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
     k = tl.load(k_ptr, mask=live[:, None] & (offs_d < D)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
     if UPCAST:
@@ -147,7 +147,7 @@ def _attention_mass_kernel(
     )  # fmt: skip
     total = tl.where(position >= 0, total, 0.0)
 
-    score_ptr += b * stride_cb + h * stride_ch + list_first * stride_cs
+    score_ptr += b * stride_cb + h * stride_ch + list_start * stride_cs
     if HAS_DECAY:
         old = live & (position < oldest + q_len - num_new)
         total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
@@ -204,13 +204,13 @@ def window_logits(
 
 @triton.jit(do_not_specialize=["num_kv_heads", "groups", "q_len", "num_new", "sliding_window"])
 def _window_mass_kernel(
-    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, first_ptr,
+    query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, list_start_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
     stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs,
     num_kv_heads, groups, q_len, scale, decay, num_new, sliding_window, softcap,
     D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program: all query rows of one KV head, every num_splits-th tile of its slots.
@@ -221,10 +221,10 @@ def _window_mass_kernel(
     h = (pid % num_kv_heads).to(tl.int64)
     length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
     seen = tl.load(seen_ptr + b * stride_sb + h * stride_sh)
-    list_first = first_slot(first_ptr, pid, HAS_FIRST)
-    keys_ptr += b * stride_kb + h * stride_kh + list_first * stride_ks
-    position_ptr += b * stride_pb + h * stride_ph + list_first * stride_ps
-    score_ptr += b * stride_cb + h * stride_ch + list_first * stride_cs
+    list_start = first_slot(list_start_ptr, pid, HAS_LIST_START)
+    keys_ptr += b * stride_kb + h * stride_kh + list_start * stride_ks
+    position_ptr += b * stride_pb + h * stride_ph + list_start * stride_ps
+    score_ptr += b * stride_cb + h * stride_ch + list_start * stride_cs
     query_ptr += b * stride_qb + h * groups * stride_qh
     lse_ptr += b * stride_eb + h * groups * stride_eh
 
@@ -330,7 +330,7 @@ def attention_mass(
     num_new: int = 0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
 ) -> None:
     """Add the attention that every live slot receives to its score.
 
@@ -354,7 +354,7 @@ def attention_mass(
         num_new: Newest columns whose slots enter with a score of 0, whatever is stored there.
         sliding_window: Columns that a query sees, its own included. None: all.
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
-        first: `[B, H_kv]` int32 contiguous, first slot of each list where those of a row share
+        list_start: `[B, H_kv]` int32 contiguous, first slot of each list where those of a row share
             C slots (and `keys`, ... are expanded over H_kv). None: each has C slots of its own.
 
     Raises:
@@ -372,7 +372,7 @@ def attention_mass(
         seen=(seen, lists, int32),
         lse=(lse, (batch_size, num_heads, q_len), torch.float32),
         score=(score, (*lists, capacity), torch.float32),
-        first=(first, lists, int32),
+        list_start=(list_start, lists, int32),
     )
     if score.numel() == 0 or num_heads == 0:
         return
@@ -381,7 +381,7 @@ def attention_mass(
     block_d = max(16, triton.next_power_of_2(head_dim))
     shared = shared_bytes(query.device)
     tensors = (
-        query, keys, position, length, seen, lse, score, starts(first, length)
+        query, keys, position, length, seen, lse, score, starts(list_start, length)
     )  # fmt: skip
     strides = (
         *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
@@ -392,7 +392,7 @@ def attention_mass(
         "HAS_DECAY": decay != 0,
         "HAS_WINDOW": sliding_window is not None,
         "HAS_SOFTCAP": softcap is not None,
-        "HAS_FIRST": first is not None,
+        "HAS_LIST_START": list_start is not None,
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "BLOCK_D": block_d,

@@ -29,8 +29,8 @@ def _compact_kernel(
     out_values_ptr,
     out_position_ptr,
     out_score_ptr,
-    first_ptr,
-    out_first_ptr,
+    list_start_ptr,
+    out_list_start_ptr,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -66,8 +66,8 @@ def _compact_kernel(
     D: tl.constexpr,
     D_V: tl.constexpr,
     HAS_SCORE: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    HAS_OUT_FIRST: tl.constexpr,
+    HAS_LIST_START: tl.constexpr,
+    HAS_OUT_LIST_START: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -77,11 +77,11 @@ def _compact_kernel(
     kept = tl.minimum(tl.load(keep_count_ptr + b * stride_cb + h * stride_ch), width)
     mask_s = offs_s < kept
     # What lies behind a list of its own is emptied; behind one among others comes the next.
-    written = mask_s if HAS_OUT_FIRST else offs_s < out_capacity
+    written = mask_s if HAS_OUT_LIST_START else offs_s < out_capacity
     keep_ptr += b * stride_ib + h * stride_ih
     source = tl.load(keep_ptr + offs_s.to(tl.int64) * stride_in, mask=mask_s, other=0).to(tl.int64)
-    source += first_slot(first_ptr, tl.program_id(0), HAS_FIRST)  # [BLOCK_S]
-    target = first_slot(out_first_ptr, tl.program_id(0), HAS_OUT_FIRST) + offs_s
+    source += first_slot(list_start_ptr, tl.program_id(0), HAS_LIST_START)  # [BLOCK_S]
+    target = first_slot(out_list_start_ptr, tl.program_id(0), HAS_OUT_LIST_START) + offs_s
 
     position_ptr += b * stride_pb + h * stride_ph
     out_position_ptr += b * stride_opb + h * stride_oph
@@ -128,13 +128,13 @@ def compact(
     out_position: Tensor,
     score: Tensor | None = None,
     out_score: Tensor | None = None,
-    first: Tensor | None = None,
-    out_first: Tensor | None = None,
+    list_start: Tensor | None = None,
+    out_list_start: Tensor | None = None,
 ) -> None:
     """Copy the kept slots of every list to the front of another store.
 
     `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < keep_count[b, h]`. The slots behind that are
-    emptied, positions to -1 and the rest to 0, unless `out_first` is given.
+    emptied, positions to -1 and the rest to 0, unless `out_list_start` is given.
 
     Args:
         keys: `[B, H, C, D]`, float32/float16/bfloat16, last stride 1.
@@ -147,9 +147,9 @@ def compact(
         out_position: `[B, H, C_out]` int32. Written.
         score: `[B, H, C]` float32, or None.
         out_score: `[B, H, C_out]` float32. Written; given exactly if `score` is.
-        first: `[B, H]` int32 contiguous, first slot of each list where those of a row share C slots
-            (and `keys`, ... are expanded over H). None: every list has C slots of its own.
-        out_first: The same of the other store.
+        list_start: `[B, H]` int32 contiguous, first slot of each list where those of a row share
+            C slots (and `keys`, ... are expanded over H). None: each has C slots of its own.
+        out_list_start: The same of the other store.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an output is an input, only one of
@@ -170,8 +170,8 @@ def compact(
         out_position=(out_position, (*lists, out_capacity), int32),
         score=(score, (*lists, capacity), torch.float32),
         out_score=(out_score, (*lists, out_capacity), torch.float32),
-        first=(first, lists, int32),
-        out_first=(out_first, lists, int32),
+        list_start=(list_start, lists, int32),
+        out_list_start=(out_list_start, lists, int32),
     )
     if (score is None) != (out_score is None):
         raise ValueError("expected both of score and out_score or neither, got one")
@@ -182,7 +182,7 @@ def compact(
         return
 
     width, block_s = min(keep.shape[2], out_capacity), 32
-    touched = out_capacity if out_first is None else width
+    touched = out_capacity if out_list_start is None else width
     ranking, out_ranking = (position, out_position) if score is None else (score, out_score)
     assert out_ranking is not None
     with torch.cuda.device_of(keys):
@@ -197,8 +197,8 @@ def compact(
             out_values,
             out_position,
             out_ranking,
-            starts(first, keep_count),
-            starts(out_first, keep_count),
+            starts(list_start, keep_count),
+            starts(out_list_start, keep_count),
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
@@ -215,8 +215,8 @@ def compact(
             D=head_dim,
             D_V=value_dim,
             HAS_SCORE=score is not None,
-            HAS_FIRST=first is not None,
-            HAS_OUT_FIRST=out_first is not None,
+            HAS_LIST_START=list_start is not None,
+            HAS_OUT_LIST_START=out_list_start is not None,
             BLOCK_S=block_s,
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),
             num_warps=4,

@@ -45,7 +45,7 @@ def log_sum(top, weight_sum):
 @triton.jit
 def _decode_attention_kernel(
     query_ptr, keys_ptr, values_ptr, position_ptr, length_ptr, seen_ptr,
-    indices_ptr, index_count_ptr, first_ptr, partial_ptr, stats_ptr,
+    indices_ptr, index_count_ptr, list_start_ptr, partial_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_pb, stride_ph, stride_ps,
     stride_lb, stride_lh, stride_sb, stride_sh,
@@ -53,7 +53,7 @@ def _decode_attention_kernel(
     num_kv_heads, num_indices, scale, sliding_window, softcap,
     Q: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_INDICES: tl.constexpr,
-    HAS_FIRST: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # One program: all query rows of one KV head, every num_splits-th tile of its slots.
@@ -88,10 +88,10 @@ def _decode_attention_kernel(
         q = q.to(tl.float32)
     newest = tl.load(seen_ptr + b * stride_sb + h * stride_sh) - 1
     column = newest - (Q - 1) + offs_m % Q  # [BLOCK_M]
-    first = first_slot(first_ptr, pid, HAS_FIRST)
-    keys_ptr += b * stride_kb + h * stride_kh + first * stride_ks
-    values_ptr += b * stride_vb + h * stride_vh + first * stride_vs
-    position_ptr += b * stride_pb + h * stride_ph + first * stride_ps
+    list_start = first_slot(list_start_ptr, pid, HAS_LIST_START)
+    keys_ptr += b * stride_kb + h * stride_kh + list_start * stride_ks
+    values_ptr += b * stride_vb + h * stride_vh + list_start * stride_vs
+    position_ptr += b * stride_pb + h * stride_ph + list_start * stride_ps
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -213,7 +213,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     indices: Tensor | None = None,
     index_count: Tensor | None = None,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
@@ -237,7 +237,7 @@ def decode_attention(
         sinks: `[H_q]`, any float dtype. One more logit per query head, in the denominator only.
         indices: `[B, H_kv, N]` int32. Attend to these slots only; no duplicates.
         index_count: `[B, H_kv]` int32. Entries of `indices` in use; those behind are ignored.
-        first: `[B, H_kv]` int32 contiguous, first slot of each list where those of a row share
+        list_start: `[B, H_kv]` int32 contiguous, first slot of each list where those of a row share
             C slots (and `keys`, ... are expanded over H_kv). None: each has C slots of its own.
         out: `[B, Q, H_q, D_v]` contiguous, as `query`. Written and returned if given.
         lse: `[B, H_q, Q]` float32 contiguous. Written if given: the natural log of the softmax
@@ -274,7 +274,7 @@ def decode_attention(
         sinks=(sinks, (num_heads,), dtype if sinks is None else sinks.dtype),
         indices=(indices, (*lists, num_indices), int32),
         index_count=(index_count, lists, int32),
-        first=(first, lists, int32),
+        list_start=(list_start, lists, int32),
         out=(out, (batch_size, q_len, num_heads, value_dim), dtype),
         lse=(lse, (batch_size, num_heads, q_len), torch.float32),
     )
@@ -301,7 +301,7 @@ def decode_attention(
             query, keys, values, position, length, seen,
             length if indices is None else indices,
             length if index_count is None else index_count,
-            starts(first, length), partial, stats,
+            starts(list_start, length), partial, stats,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             *position.stride(), *length.stride(), *seen.stride(),
             *((0, 0, 0) if indices is None else indices.stride()),
@@ -309,7 +309,7 @@ def decode_attention(
             num_kv_heads, num_indices, float(scale), sliding_window or 0, float(softcap or 1.0),
             Q=q_len, ROWS=rows, D=head_dim, D_V=value_dim,
             HAS_WINDOW=sliding_window is not None, HAS_SOFTCAP=softcap is not None,
-            HAS_INDICES=indices is not None, HAS_FIRST=first is not None,
+            HAS_INDICES=indices is not None, HAS_LIST_START=list_start is not None,
             UPCAST=INTERPRETED and dtype == torch.bfloat16,
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
             BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_DV=block_dv, **blocks,

@@ -29,7 +29,7 @@ def _evict_lowest_kernel(
     seen_ptr,
     recent_ptr,
     score_ptr,
-    first_ptr,
+    list_start_ptr,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -56,7 +56,7 @@ def _evict_lowest_kernel(
     D_V: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     MEAN: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
+    HAS_LIST_START: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -66,7 +66,7 @@ def _evict_lowest_kernel(
     length = tl.load(length_ptr)
     budget = tl.load(budget_ptr + b * stride_ub + h * stride_uh)
     if (length > budget) & (length > num_protected):
-        offset = first_slot(first_ptr, tl.program_id(0), HAS_FIRST)
+        offset = first_slot(list_start_ptr, tl.program_id(0), HAS_LIST_START)
         position_ptr += b * stride_pb + h * stride_ph + offset * stride_ps
         score_ptr += b * stride_sb + h * stride_sh + offset * stride_ss
         seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
@@ -137,7 +137,7 @@ def evict_lowest(
     score: Tensor | None = None,
     num_protected: int = 0,
     mean: bool = False,
-    first: Tensor | None = None,
+    list_start: Tensor | None = None,
 ) -> None:
     """Evict one slot from every list that is longer than its budget.
 
@@ -159,8 +159,8 @@ def evict_lowest(
         num_protected: Leading slots that are never evicted, `>= 0`.
         mean: Rank by `score / (seen - position)`, the score per column since the slot was filled.
             Moves `score` all the same. Ignored without `score`.
-        first: `[B, H]` int32 contiguous, first slot of each list where those of a row share C slots
-            (and `keys`, ... are expanded over H). None: every list has C slots of its own.
+        list_start: `[B, H]` int32 contiguous, first slot of each list where those of a row share
+            C slots (and `keys`, ... are expanded over H). None: each has C slots of its own.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or
@@ -178,7 +178,7 @@ def evict_lowest(
         seen=(seen, lists, int32),
         recent=(recent, lists, int32),
         score=(score, (*lists, capacity), torch.float32),
-        first=(first, lists, int32),
+        list_start=(list_start, lists, int32),
     )
     if num_protected < 0:
         raise ValueError(f"num_protected must be >= 0, got {num_protected}")
@@ -196,7 +196,7 @@ def evict_lowest(
             seen,
             recent,
             ranking,
-            starts(first, length),
+            starts(list_start, length),
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
@@ -211,7 +211,7 @@ def evict_lowest(
             D_V=value_dim,
             HAS_SCORE=score is not None,
             MEAN=mean and score is not None,
-            HAS_FIRST=first is not None,
+            HAS_LIST_START=list_start is not None,
             BLOCK_S=min(triton.next_power_of_2(capacity), 2048),
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 1024),
             num_warps=8,
