@@ -74,7 +74,7 @@ def make_layer(
 
     def undo() -> None:
         layer._hold(slots)
-        layer.first = None
+        layer.list_start = None
         layer.__dict__.update(counters)
         layer.policy.__dict__.update(policy)
         layer.capacity = layer.keys.shape[2]

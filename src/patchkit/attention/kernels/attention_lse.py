@@ -22,7 +22,7 @@ from patchkit.attention.reference import check_arguments
 __all__ = ["attention_lse"]
 
 # BLOCK_M, BLOCK_N, pipeline depth
-_TILES = ((256, 64, 3), (128, 64, 3), (128, 64, 2), (64, 64, 1), (64, 32, 1), (16, 16, 1))
+_TILES = ((256, 64, 3), (128, 64, 3), (64, 64, 3), (64, 64, 1), (64, 32, 1), (16, 16, 1))
 _TARGET_PROGRAMS = 264  # two on each SM: one multiplies while the other exponentiates
 _MOST_ROUNDS = 4
 
@@ -183,10 +183,14 @@ def _merge_lse_kernel(
 
 
 def _blocks(rows: int, block_d: int, element_size: int, shared: int) -> dict[str, int]:
-    """Choose the largest tiles that fit into `shared` bytes, several query rows per read key."""
+    """Choose the largest tiles that fit into `shared` bytes, several query rows per read key.
+
+    Triton 3.6 keeps a second copy of the queries for each of the two loops, 128 rows at a time.
+    """
     for block_m, block_n, stages in _TILES[4:] if element_size == 4 else _TILES:
         block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
-        if (block_m * block_d + stages * block_n * block_d) * element_size <= shared:
+        held = block_m + 2 * min(block_m, 128) + stages * block_n  # rows
+        if held * block_d * element_size <= shared:
             break
     warps = 8 if block_m * block_n > (512 if element_size == 4 else 64 * 64) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
