@@ -9,7 +9,7 @@ the forward attention itself. Kernels are queued behind a pause, so that launchi
 timed; kvpress waits for the device in the middle and is timed as it is.
 decode: whole `generate()` calls over long prompts, beside dense decoding of as many tokens as the
 budget keeps.
-batch: 16 prompts of 32,768 tokens: rate, memory, and the bytes given back after the prompt.
+batch: 16 prompts of 32,768 tokens: rate and memory.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from patchkit.attention.store_layer import StoreLayer
 from patchkit.method import Method
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
+EARLY = 8
+"""Tokens before the steps that are timed."""
 
 
 def queued_ms(run: Callable[[], object], before: Callable[[], object], repeats: int) -> list[float]:
@@ -184,16 +186,15 @@ def bench_decode(model: PreTrainedModel, lengths: list[int], budgets: list[int],
         patchkit.apply(model)
         ids = prompt(1, budget - new // 2)  # so that the average context is the budget
         call(model, ids, new)
-        times = [generate_ms(model, ids, new)[0]["token"] for _ in range(3)]
+        times = [generate_ms(model, ids, new)["token"] for _ in range(3)]
         record("eviction", f"8b B1 S{budget} +{new} bf16", "dense", "token", "ms", times)
         release(model)
         for length in lengths:
             config = f"8b B1 S{length} b{budget} +{new} bf16"
             for cls in methods[: 3 if length > 100_000 else None]:
                 patchkit.apply(model, cls(budget=budget))
-                call(model, prompt(1, 4096), 4)  # builds and records what is measured
-                figures, _ = generate_ms(model, prompt(1, length), new)
-                for metric, value in figures.items():
+                call(model, prompt(1, 4096), 4)  # builds the kernels
+                for metric, value in generate_ms(model, prompt(1, length), new).items():
                     unit = "GB" if "memory" in metric else "ms"
                     record("eviction", config, cls.__name__, metric, unit, [value])
                 release(model)
@@ -212,26 +213,24 @@ class Clock(BaseStreamer):
         pass
 
 
-def generate_ms(
-    model: PreTrainedModel, ids: torch.Tensor, new: int
-) -> tuple[dict[str, float], patchkit.KVStore]:
-    """Time one call: its first token, and every further one. Return the cache too.
+def generate_ms(model: PreTrainedModel, ids: torch.Tensor, new: int) -> dict[str, float]:
+    """Time one call: its first token, every further one, and what recording the step costs.
 
-    A long prompt takes seconds that differ from call to call by more than its tokens take, so both
-    are measured in the same call.
+    A long prompt takes seconds that differ from call to call by more than its tokens take, so all
+    are measured in the same call. The first tokens are those in which the step is recorded.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     clock = Clock()
-    out = call(model, ids, new, streamer=clock, return_dict_in_generate=True)
-    start, first, *_, last = clock.times
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    figures = {
-        "token": (last - first) / (new - 1) * 1e3,
-        "first token": (first - start) * 1e3,
-        "peak memory": peak,
+    call(model, ids, new, streamer=clock)
+    start, *tokens = clock.times
+    token = (tokens[-1] - tokens[EARLY]) / (len(tokens) - 1 - EARLY) * 1e3
+    return {
+        "token": token,
+        "recording": (tokens[EARLY] - tokens[0]) * 1e3 - EARLY * token,
+        "first token": (tokens[0] - start) * 1e3,
+        "peak memory": torch.cuda.max_memory_allocated() / 1e9,
     }
-    return figures, out.past_key_values
 
 
 def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) -> None:
@@ -243,21 +242,21 @@ def bench_batch(model: PreTrainedModel, batch_size: int, length: int, new: int) 
         before = torch.cuda.memory_allocated()
         ids = prompt(batch_size, length)
         try:
-            figures, store = generate_ms(model, ids, new)
+            figures = generate_ms(model, ids, new)
         except torch.OutOfMemoryError:
             print(f"{config} {provider}: out of memory", flush=True)
             release(model)
             continue
-        patchkit.restore(model)  # which frees what was parked for a next call
-        gc.collect()
-        held = torch.cuda.memory_allocated() - before
-        figures |= {"memory held": held / 1e9, "memory of a dense cache": store.dense_bytes / 1e9}
+        dense = (
+            2 * 2 * KV_HEADS * DIM * model.config.num_hidden_layers * batch_size * (length + new)
+        )
+        held = patchkit.report(model).kv_bytes or dense  # large ones are not kept for a next call
+        figures |= {"memory of the cache": held / 1e9, "memory of a dense cache": dense / 1e9}
         for metric, value in figures.items():
             unit = "GB" if "memory" in metric else "ms"
             record("eviction", config, provider, metric, unit, [value])
         record("eviction", config, provider, "rows that fit", "rows",
                [(total - before) // (held / batch_size)])  # fmt: skip
-        del store
         release(model)
 
 

@@ -13,7 +13,6 @@ report says why.
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +200,9 @@ def _step(
         rows, width = taken.choice.ids.shape
         if rows == batch_size and width >= limit and taken.choice.ids.device == model.device:
             return taken
-    choice = TokenChoice(batch_size, math.ceil(limit / BUCKET) * BUCKET, model.device)
+    # A power of two, so that prompts that keep growing need few new recordings.
+    width = max(BUCKET, 1 << (limit - 1).bit_length())
+    choice = TokenChoice(batch_size, width, model.device)
     return StepGraph(model, store, choice, patch.graphs, patch.backend)
 
 
