@@ -267,3 +267,9 @@ def test_store_needs_a_patched_model():
 
     with pytest.raises(CacheError, match="apply"):
         KVStore(tiny_model("llama"))
+
+
+def test_every_method_that_is_exported_can_be_named():
+    exported = [getattr(patchkit, name) for name in patchkit.__all__]
+    names = {x.__name__ for x in exported if isinstance(x, type) and issubclass(x, patchkit.Method)}
+    assert {row.config for row in patchkit.methods()} == names - {"Method"}
