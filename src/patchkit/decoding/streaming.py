@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from patchkit.decoding.fused import is_plain, kernels_serve
+from patchkit.decoding.eligibility import is_plain, kernels_serve
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
