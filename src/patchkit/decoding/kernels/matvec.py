@@ -1,7 +1,7 @@
 """Triton product of a matrix and a single vector; see `reference.matvec`.
 
-Bytes floor: the weight once. cuBLAS streams it at 60 to 95 % of the rate of a copy and, for all but
-the widest, needs a second launch that sums up partial results.
+Bytes floor: the weight once. cuBLAS streams the widest at nearly the rate of a copy; for most
+others it needs a second launch that sums up partial results.
 """
 
 from __future__ import annotations
