@@ -14,7 +14,7 @@ from patchkit.decoding import reference
 from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.gated_matvec import gated_matvec
 from patchkit.decoding.kernels.matvec import matvec
-from patchkit.decoding.streaming import StreamedLinears
+from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
 from patchkit.testing import FAMILIES, tiny_model
 
 from .test_fused import DEVICE, by_dtype, random
@@ -113,6 +113,24 @@ def test_only_plain_single_vectors_are_answered():
     torch.testing.assert_close(served, layer(random(1, 1, 24)))
 
 
+def test_maps_wait_only_where_nothing_reads_memory_by_itself():
+    model = tiny_model("llama")
+    patchkit.apply(model)  # whose one hook is patchkit's own
+    assert looks_through_torch(model)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not looks_through_torch(model)
+    handle.remove()
+    kind = type(model.model.layers[1].mlp)
+    model.model.layers[1].mlp.__class__ = type("Own", (kind,), {"__module__": "own.models"})
+    assert not looks_through_torch(model)
+    backend = Backend("triton")
+    x, weight = random(24), random(40, 24)
+    with torch.no_grad(), StreamedLinears(backend):
+        got = F.linear(x, weight)
+        assert backend.calls["matvec", "triton"] == 1
+    torch.testing.assert_close(got, F.linear(x, weight))
+
+
 def test_maps_wait_until_somebody_looks():
     backend = Backend("triton")
     x, other = random(1, 1, 24), random(1, 1, 24, seed=8)
@@ -123,7 +141,7 @@ def test_maps_wait_until_somebody_looks():
     def count() -> int:
         return calls["matvec", "triton"]
 
-    with torch.no_grad(), StreamedLinears(backend):
+    with torch.no_grad(), StreamedLinears(backend, together=True):
         heads = F.linear(x, a).view(1, 1, 5, 8).transpose(1, 2)
         keys, values = F.linear(x, b), F.linear(x, c)
         assert heads.shape == (1, 5, 1, 8) and count() == 0
@@ -156,7 +174,7 @@ def test_a_residual_is_added_in_the_same_launch():
     backend = Backend("triton")
     x, residual = random(1, 1, 24), random(1, 1, 40, seed=2)
     weight = random(40, 24, seed=3)
-    with torch.no_grad(), StreamedLinears(backend):
+    with torch.no_grad(), StreamedLinears(backend, together=True):
         mapped = F.linear(x, weight)
         total = residual + mapped
         assert backend.calls["matvec", "triton"] == 1
@@ -179,7 +197,11 @@ def test_a_residual_is_added_in_the_same_launch():
 
 def test_an_error_inside_is_not_hidden():
     backend = Backend("triton")
-    with pytest.raises(RuntimeError, match="on purpose"), torch.no_grad(), StreamedLinears(backend):
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        torch.no_grad(),
+        StreamedLinears(backend, True),
+    ):
         F.linear(random(24), random(40, 24))
         raise RuntimeError("on purpose")
     assert not backend.calls
@@ -198,7 +220,7 @@ def test_a_step_of_every_family(family):
         backend = model._patchkit.backend
         before = backend.calls["matvec", "triton"]
         step = {"position_ids": torch.tensor([[8]], device=DEVICE)}
-        with StreamedLinears(backend):
+        with StreamedLinears(backend, together=True):
             got = model(ids[:, -1:], **step, **options, **{CACHE_KEYWORD: store}).logits[:, -1]
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     layers = model.config.get_text_config().num_hidden_layers

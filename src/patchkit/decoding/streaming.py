@@ -4,9 +4,9 @@ cuBLAS is made for matrices; a kernel that only has to stream a weight does so a
 copy. A step does not care which module or adapter asks, so no module is edited: while a step runs,
 calls of `torch.nn.functional.linear` are answered.
 
-What is asked for is launched when somebody looks at a result, which takes a function of torch. So
-maps of one vector that follow each other, as those of queries, keys and values do, are one launch,
-and adding a residual is part of it.
+Where all modules look at tensors through torch alone, a map is launched only when somebody looks at
+its result. So maps of one vector that follow each other, as those of queries, keys and values do,
+are one launch, and adding a residual is part of it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patchkit.decoding.fused import is_plain, kernels_serve
+from patchkit.decoding.fused import global_hooks, is_plain, kernels_serve
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
 
+_KNOWN = ("torch", "transformers", "peft", "patchkit")
 _MOST = 3  # weights that the kernel takes at once
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
@@ -36,16 +37,31 @@ _BLIND = frozenset(
 """Functions that look at no element of a tensor."""
 
 
+def looks_through_torch(model: nn.Module) -> bool:
+    """Say whether nothing in a model but torch's own functions reads the memory of a tensor.
+
+    That is known of the modules and hooks of torch, transformers and PEFT.
+    """
+    code: list[Any] = []
+    for module in model.modules():
+        code += (type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not global_hooks() and all(
+        (getattr(part, "__module__", None) or "").partition(".")[0] in _KNOWN for part in code
+    )
+
+
 class StreamedLinears(TorchFunctionMode):
     """Inside, `linear` maps a single vector by `matvec` where a kernel serves.
 
     Args:
         backend: Runs the kernel.
+        together: Wait with a launch until a function of torch looks at the result, for what else
+            can be part of it. Extensions that read memory by themselves would come too early.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, together: bool = False) -> None:
         super().__init__()
-        self._backend = backend
+        self._backend, self._together = backend, together
         self._x: Tensor | None = None
         self._asked: list[tuple[Tensor, Tensor | None, Tensor]] = []  # weight, bias, result
 
@@ -98,6 +114,8 @@ class StreamedLinears(TorchFunctionMode):
         result = x.new_empty(*x.shape[:-1], weight.shape[0])
         self._x = x
         self._asked.append((weight, bias, result))
+        if not self._together:
+            self._launch()
         return result
 
     def _residual(self, *terms: Any) -> Tensor | None:
