@@ -30,7 +30,7 @@ from patchkit.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
-from patchkit.method import Method, registry, slot_names
+from patchkit.method import _METHOD_MODULES, Method, registry, slot_names
 from patchkit.testing import tiny_model
 
 IDS = torch.tensor([[5, 9, 11, 4, 7, 23, 8]])
@@ -267,3 +267,10 @@ def test_store_needs_a_patched_model():
 
     with pytest.raises(CacheError, match="apply"):
         KVStore(tiny_model("llama"))
+
+
+def test_every_method_that_is_exported_can_be_named():
+    exported = [getattr(patchkit, name) for name in patchkit.__all__]
+    classes = {x for x in exported if isinstance(x, type) and issubclass(x, Method)} - {Method}
+    # Names are looked up in these; a class that has been imported would be found by chance.
+    assert {cls.__module__ for cls in classes} == set(_METHOD_MODULES)

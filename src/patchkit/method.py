@@ -30,6 +30,7 @@ _METHOD_MODULES = (
     "patchkit.attention.h2o",
     "patchkit.attention.cake",
     "patchkit.attention.snapkv",
+    "patchkit.attention.adakv",
     "patchkit.attention.pyramidkv",
     "patchkit.attention.tova",
     "patchkit.decoding.cyclic_reflex",

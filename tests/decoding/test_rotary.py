@@ -173,10 +173,10 @@ def test_wrong_arguments_are_refused(change):
 
 FORMULAS = {
     "llama": Rotary(False, FULL, False, False),
-    "gpt_neox": Rotary(False, FULL, False, True),
-    "phi3": Rotary(False, FULL, False, True),
+    "gpt_neox": Rotary(False, FULL, False, True, partial=True),
+    "phi3": Rotary(False, FULL, False, True, partial=True),
     "gpt_oss": Rotary(False, HALF, False, True),
-    "glm": Rotary(True, FIRST, False, True),
+    "glm": Rotary(True, FIRST, False, True, partial=True),
     "cohere": Rotary(True, FULL, True, False),
     "modernbert": Rotary(False, FULL, True, False),
     "ernie4_5": Rotary(True, FIRST, True, False),
@@ -209,7 +209,7 @@ def test_the_formula_of_a_function_is_found(family):
             except RuntimeError:  # llama rotates all, gpt-oss has half the columns
                 assert width == (16 if family == "gpt_oss" else 8)
                 continue
-            same_bits(rotary(*args, **vars(found)), want)
+            same_bits(rotary(*args, **found.options), want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -495,7 +495,7 @@ def test_the_kernel_gives_the_bits_of_transformers_on_a_gpu(family, tokens, dtyp
     formula = FORMULAS[family]
     width = 64 if formula.table == HALF else 128
     args = inputs(2, 32, 8, tokens, 128, width, dtype)
-    same_bits(rotary(*args, **vars(formula)), function_of(family)(*args))
+    same_bits(rotary(*args, **formula.options), function_of(family)(*args))
 
 
 def test_a_decorator_with_an_empty_cell_is_left_alone(monkeypatch):
@@ -515,3 +515,13 @@ def test_a_decorator_with_an_empty_cell_is_left_alone(monkeypatch):
     monkeypatch.setattr(kind, "forward", decorate(kind.forward))
     patchkit.apply(model)
     assert patchkit.report(model).fused["rotary embeddings"] == (0, 2)
+
+
+def test_what_the_function_refuses_is_refused():
+    model = patchkit.apply(tiny_model("llama"), backend="triton")
+    rotate = vars(model.model.layers[0].self_attn)["_patchkit_rotary"].rotate
+    whole, narrow = (inputs(1, 4, 2, 3, 16, width, torch.float32) for width in (16, 8))
+    with torch.no_grad():
+        rotate(*whole)
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            rotate(*narrow)

@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -31,12 +31,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rotary:
-    """A rotary embedding; the fields are arguments of `reference.rotary`."""
+    """A rotary embedding; the fields but the last are arguments of `reference.rotary`.
+
+    Attributes:
+        partial: Whether cos and sin may be narrower than a head, the rest of which stays as it is.
+    """
 
     interleaved: bool
     table: reference.Table
     wide: bool
     contiguous: bool
+    partial: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `reference.rotary`."""
+        return {name: value for name, value in vars(self).items() if name != "partial"}
+
+    def fits(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Say whether the kernel takes these, and the function that it stands for too."""
+        whole = reference.rotated_elements(cos, self.table) == q.shape[-1]
+        return reference.rotary_fits(q, k, cos, sin, table=self.table) and (whole or self.partial)
 
 
 class FusedRotary:
@@ -82,12 +97,8 @@ class FusedRotary:
         if function is self.function and _plain(function) and len(args) == 4 and not kwargs:
             q, _, cos, _ = args
             formula = self.formulas.get(cos.dtype != q.dtype)
-            if (
-                formula is not None
-                and kernels_serve(self.backend, q)
-                and reference.rotary_fits(*args, table=formula.table)
-            ):
-                return self.backend.run("decoding", "rotary", q.device, *args, **vars(formula))
+            if formula is not None and kernels_serve(self.backend, q) and formula.fits(*args):
+                return self.backend.run("decoding", "rotary", q.device, *args, **formula.options)
         return function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedRotary:
@@ -178,7 +189,7 @@ def find_formula(function: Callable[..., Any], wider: bool) -> Rotary | None:
     q, k = (random_input(generator, 2, 5, heads, 16).transpose(1, 2) for heads in (3, 2))
     choices = ((False, True), get_args(reference.Table), (False, True), (False, True))
     formulas = [Rotary(*choice) for choice in itertools.product(*choices)]
-    served = False
+    taken = []
     for width in (16, 8):
         cos, sin = (random_input(generator, 2, 5, width) for _ in range(2))
         if wider:
@@ -187,9 +198,12 @@ def find_formula(function: Callable[..., Any], wider: bool) -> Rotary | None:
             results = function(q, k, cos, sin)
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             continue  # not every function takes every width
-        served = True
+        taken.append(cos)
         formulas = [f for f in formulas if _computes(f, (q, k, cos, sin), results)]
-    return formulas[0] if served and formulas else None
+    if not taken or not formulas:
+        return None
+    rotated = [reference.rotated_elements(cos, formulas[0].table) for cos in taken]
+    return replace(formulas[0], partial=min(rotated) < q.shape[-1])
 
 
 def _computes(formula: Rotary, args: tuple[Tensor, ...], results: Any) -> bool:
@@ -197,7 +211,7 @@ def _computes(formula: Rotary, args: tuple[Tensor, ...], results: Any) -> bool:
         return False
     return reference.rotary_fits(*args, table=formula.table) and all(
         got.dtype == want.dtype and got.stride() == want.stride() and torch.equal(got, want)
-        for got, want in zip(results, reference.rotary(*args, **vars(formula)), strict=True)
+        for got, want in zip(results, reference.rotary(*args, **formula.options), strict=True)
     )
 
 
