@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,19 +19,14 @@ from transformers.generation.streamers import BaseStreamer
 
 import patchkit
 from patchkit import (
-    CAKE,
-    H2O,
     TIP,
-    TOVA,
     BudgetForcing,
     CyclicReflex,
     KVStore,
-    SnapKV,
     ThinkingBudget,
     Window,
     engine,
 )
-from patchkit.step_graph import fingerprint
 from patchkit.testing import left_padded_batch, tiny_model, tiny_tokenizer
 from patchkit.token_choice import draw
 
@@ -637,81 +631,15 @@ def test_nan_logits_raise_as_they_do_without_patchkit():
     assert model.generate(**batch_of(), max_new_tokens=5, do_sample=True).shape[1] > 9
 
 
-# -- fingerprints ----------------------------------------------------------------------------------
-
-
-def test_replacements_are_never_taken_for_each_other():
-    model, prints = build(), []
-    mlp = model.model.layers[0].mlp
-    for factor in range(6):
-        mlp.forward = lambda x, f=factor: x * f
-        prints.append(fingerprint(model))
-    assert all(one != other for one, other in itertools.combinations(prints, 2))
-
-
-def test_fingerprints_see_classes_switches_and_fields():
-    class Steer:
-        alpha = 1.0
-
-        def __init__(self):
-            self.beta = 2.0
-
-    class Other(torch.nn.Linear):
-        pass
-
+def test_one_row_streams_its_weights():
     model = build()
-    layer = model.model.layers[0]
-    layer.steer = Steer()
-    prints = [fingerprint(model)]
-    layer.steer.beta = 3.0
-    prints.append(fingerprint(model))
-    layer.mlp.up_proj.__class__ = Other
-    prints.append(fingerprint(model))
-    torch.backends.cuda.matmul.allow_tf32 ^= True
-    prints.append(fingerprint(model))
-    torch.backends.cuda.matmul.allow_tf32 ^= True
-    model.half()
-    prints.append(fingerprint(model))
-    assert all(one != other for one, other in itertools.combinations(prints, 2))
-    assert prints[-1] == fingerprint(model)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        Window(budget=12),
-        H2O(budget=12),
-        TOVA(budget=0.5),
-        SnapKV(budget=14, window=4),
-        CAKE(budget=14, window=4),
-    ],
-    ids=lambda method: type(method).__name__,
-)
-def test_a_parked_store_with_a_budget_starts_afresh_at_the_same_addresses(method):
-    prompts = [batch_of((40, 23)), batch_of((40, 31)), batch_of((9, 4)), batch_of((40, 23))]
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    want = []
-    for prompt in prompts:
-        with patchkit.patched(build(), method) as model:
-            want.append(model.generate(**prompt, **options))
-    with patchkit.patched(build(), method) as model:
-        addresses = []
-        for prompt, tokens in zip(prompts, want, strict=True):
-            assert torch.equal(model.generate(**prompt, **options), tokens)
-            step = model._patchkit.graphs.parked
-            addresses.append(step.store.addresses)
-    if not isinstance(method, CAKE):  # whose layers get other budgets with every prompt
-        assert addresses[0] == addresses[1]
-
-
-def test_a_recording_serves_only_steps_that_evict_no_more_than_it():
-    model = patchkit.apply(build(), Window(budget=20))
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    model.generate(**batch_of((8, 5)), **options)
-    step = model._patchkit.graphs.parked
-    step._recorded, step._evicts = step._frozen(), step.store.evicts_within(4)
-    assert step._evicts == (False, False)
-    assert step._still_true(4)
-    assert not step._still_true(40)
-    step._evicts = (True, True)
-    assert step._still_true(4) and step._still_true(40)
+    with patchkit.patched(model, backend="triton"):
+        got = model.generate(**batch_of((9,)), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        calls = patchkit.report(model).calls
+        several = calls["matvec"]["triton"]
+        model.generate(**batch_of(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert patchkit.report(model).calls["matvec"]["triton"] == several
+    # Per step and layer queries to values, output and down-projection, then the head.
+    assert several == 5 * (3 * model.config.num_hidden_layers + 1)
+    plain = model.generate(**batch_of((9,)), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(got, plain)

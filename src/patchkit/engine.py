@@ -32,7 +32,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from patchkit.attention.store import KVStore
 from patchkit.attention.store_layer import BUCKET
 from patchkit.compat import CACHE_KEYWORD
-from patchkit.decoding.fused import global_hooks
+from patchkit.decoding.eligibility import global_hooks
 from patchkit.outbox import History, Outbox
 from patchkit.prefill import new_tokens
 from patchkit.step_graph import RESERVE, StepGraph

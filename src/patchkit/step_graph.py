@@ -237,7 +237,7 @@ class StepGraph:
     ) -> None:
         self.store, self.choice = store, choice
         self._model, self._pool, self._backend = model, pool, backend
-        self._single = choice.token.shape[0] == 1 and choice.token.is_cuda
+        self._single = choice.token.shape[0] == 1
         self._inputs: dict[str, Any] = {}
         self._position: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -7,7 +7,8 @@ import torch
 
 from patchkit.attention.kernels.compact import compact
 
-from .kernel_cases import CompactCase, check_compact, small_store
+from .kernel_cases import small_store
+from .slot_cases import CompactCase, check_compact
 
 CASES = [
     CompactCase(),

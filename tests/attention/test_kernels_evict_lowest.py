@@ -10,7 +10,8 @@ import torch
 from patchkit.attention import reference
 from patchkit.attention.kernels.evict_lowest import evict_lowest
 
-from .kernel_cases import EvictCase, assert_same_bits, check_evict_lowest, small_store
+from .kernel_cases import assert_same_bits, small_store
+from .slot_cases import EvictCase, check_evict_lowest
 
 CASES = [
     EvictCase(),

@@ -13,20 +13,17 @@ from patchkit.attention.kernels.evict_lowest import evict_lowest
 from ..attention import packed_cases
 from ..attention.kernel_cases import (
     AppendCase,
-    CompactCase,
     DecodeCase,
-    EvictCase,
     PrefillCase,
     assert_same_bits,
     check_append,
-    check_compact,
     check_decode_attention,
-    check_evict_lowest,
     check_prefill_attention,
     make_store,
     random,
 )
 from ..attention.packed_cases import PackedCase
+from ..attention.slot_cases import CompactCase, EvictCase, check_compact, check_evict_lowest
 
 pytestmark = [
     pytest.mark.gpu,

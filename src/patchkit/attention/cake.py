@@ -196,10 +196,6 @@ class Preferred(EvictionPolicy):
         """Protect the window."""
         return budget.new_full(budget.shape, self.method.window)
 
-    def needs_lse(self, q_len: int) -> bool:
-        """Take the denominator where attention of one token has it at hand."""
-        return q_len == 1
-
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Describe the layer and its tokens by the last queries of a chunk, or by the only one."""
         q_len, method = attended.query.shape[2], self.method

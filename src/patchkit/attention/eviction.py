@@ -75,6 +75,10 @@ class EvictionPolicy:
     scored: ClassVar[bool] = False
     """Whether slots carry a score that ranks them; otherwise the oldest go first."""
 
+    needs_lse: bool = False
+    """Whether `observe` uses the softmax denominators of all queries of a prompt: attention that
+    has these at hand is taken then, even where another is faster."""
+
     mean: bool = False
     """Whether the score is a sum over the queries since the token came, to be divided by them."""
 
@@ -114,10 +118,6 @@ class EvictionPolicy:
     def share(self, tokens: Any) -> Any:
         """Turn the budget of an average layer, a number or a tensor, into that of this one."""
         return tokens
-
-    def needs_lse(self, q_len: int) -> bool:
-        """Say whether `observe` wants the softmax denominators of a pass of `q_len` tokens."""
-        return False
 
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Update `layer.score` by the attention of one forward pass."""

@@ -67,14 +67,11 @@ class HeavyHitters(EvictionPolicy):
         super().__init__(budget, method.num_sink_tokens, most_bytes=most_bytes)
         self.method = method
         self.mean = method.norm == "mean"
+        self.needs_lse = method.window is None
 
     def num_recent(self, budget: Tensor) -> Tensor:
         """Protect a share of what the sinks leave."""
         return ((budget - self.num_sink_tokens) * self.method.recent).int()
-
-    def needs_lse(self, q_len: int) -> bool:
-        """Ask for the denominators of all queries."""
-        return q_len == 1 or self.method.window is None
 
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Add the attention of a pass to what the tokens have received before."""

@@ -248,7 +248,7 @@ def _means(
             return "torch"
         if cudnn_serves(query, key, value):
             return "cudnn"
-        if not policy.needs_lse(q_len):
+        if not policy.needs_lse:
             return "torch"
     return "torch" if backend.choose(layer.device) == "reference" else "slots"
 

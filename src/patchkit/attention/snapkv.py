@@ -66,10 +66,6 @@ class WindowVotes(EvictionPolicy):
         """Protect the window."""
         return budget.new_full(budget.shape, self.window)
 
-    def needs_lse(self, q_len: int) -> bool:
-        """Take the denominator where attention of one token has it at hand."""
-        return q_len == 1
-
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Average over the last queries, or carry the average on by the few that came."""
         # Scores are `window` times the averages.

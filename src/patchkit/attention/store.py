@@ -2,8 +2,9 @@
 
 Every (row, KV head) of a layer owns `capacity` slots; the live ones come first. A token is
 appended in place behind them, and evicting moves the last live token over the victim, so nothing
-is concatenated and no address changes between decoding steps. Three numbers that other caches
-mix up are kept apart:
+is concatenated and no address changes between decoding steps. Where a method gives the heads of a
+layer different budgets, their lists are packed: the row owns the slots, and `list_start [B, H_kv]`
+says where each list begins. Three numbers that other caches mix up are kept apart:
 
 - *columns*: tokens the model has consumed, padding included. This is `get_seq_length()`, which
   position ids and input slicing depend on.

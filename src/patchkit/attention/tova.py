@@ -60,10 +60,6 @@ class NewestQuery(EvictionPolicy):
         """Protect the newest token, which its own query may ignore."""
         return budget.new_ones(budget.shape)
 
-    def needs_lse(self, q_len: int) -> bool:
-        """Take the denominator where attention of one token has it at hand."""
-        return q_len == 1
-
     def observe(self, layer: StoreLayer, attended: Attended) -> None:
         """Replace the scores by the weights of the last query, averaged over the heads."""
         replace_by_newest(layer, attended, share=True)

@@ -22,17 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from patchkit.decoding import reference
+from patchkit.decoding.eligibility import is_plain, kernels_serve, untouched
 from patchkit.families import Family
 from patchkit.journal import Journal
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
 
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MOST_ROWS = 32768
 """Tokens that pass through an MLP at once: gate and up are the largest tensors of a prefill."""
@@ -85,17 +83,6 @@ class Fused:
         if len(args) != 1 or kwargs or type(module).forward is not self.forward:
             return False
         return not module.training and kernels_serve(self.backend, args[0])
-
-
-def kernels_serve(backend: Backend, x: Tensor) -> bool:
-    """Say whether a kernel may compute something of `x` here and now."""
-    return (
-        backend.choose(x.device) == "triton"
-        and x.dtype in _DTYPES
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-    )
 
 
 def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -173,22 +160,6 @@ def _alike(x: Tensor, *linears: nn.Module) -> bool:
     """Say whether the weights are plain ones that can be read as they are, of the dtype of `x`."""
     given = [p for linear in linears for p in linear.parameters()]
     return all(is_plain(p) and p.dtype == x.dtype and p.stride(-1) == 1 for p in given)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Say whether a tensor is what it looks like, and not of a quantised or sharded kind."""
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
-def untouched(module: nn.Module) -> bool:
-    """Say whether calling a module runs the forward of its class and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not (hooks or module._compiled_call_impl or global_hooks())
-
-
-def global_hooks() -> bool:
-    """Say whether somebody has put hooks on all modules there are."""
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 _FORWARDS = {Norm: rms_norm_forward, GatedMLP: gated_mlp_forward}

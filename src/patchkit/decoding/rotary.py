@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from patchkit.decoding import reference
-from patchkit.decoding.fused import kernels_serve, random_input, untouched
+from patchkit.decoding.eligibility import kernels_serve, untouched
+from patchkit.decoding.fused import random_input
 from patchkit.families import Family
 from patchkit.journal import Journal
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patchkit.decoding.fused import global_hooks, is_plain, kernels_serve
+from patchkit.decoding.eligibility import global_hooks, is_plain, kernels_serve
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend

@@ -1,0 +1,41 @@
+"""When a kernel may stand in for what a model would run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+if TYPE_CHECKING:
+    from patchkit.backends import Backend
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def kernels_serve(backend: Backend, x: Tensor) -> bool:
+    """Say whether a kernel may compute something of `x` here and now."""
+    return (
+        backend.choose(x.device) == "triton"
+        and x.dtype in _DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor is what it looks like, and not of a quantised or sharded kind."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Say whether calling a module runs the forward of its class and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not (hooks or module._compiled_call_impl or global_hooks())
+
+
+def global_hooks() -> bool:
+    """Say whether somebody has put hooks on all modules there are."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
