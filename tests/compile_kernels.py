@@ -154,7 +154,10 @@ def decoding(dtype: torch.dtype) -> None:
         x = torch.zeros(rows, dim, dtype=torch.bfloat16)
         rms_norm(x, x[0], eps=1e-6, round_first=True)
         rms_norm(x, x[0], eps=1e-6, offset=1.0)
-        matvec(x[0], x, x[:, 0].contiguous())
+        bias, out = x[:, 0].contiguous(), x[:, 0].contiguous()
+        for count in (1, 2, 3):
+            matvec(x[0], [x] * count, [out] * count)
+        matvec(x[0], [x], [out], [bias], out, out)
         for activation in ("silu", "gelu_tanh"):
             gated_activation(x, x, activation=activation)
             gated_matvec(x[0], x, x, activation=activation)

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
 from patchkit.backends import Backend
-from patchkit.decoding.streaming import StreamedLinears
+from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
 from patchkit.token_choice import TokenChoice
 
 RESERVE = 1024
@@ -287,7 +287,10 @@ class StepGraph:
         self.choice.choose(self.logits)
 
     def _forward(self) -> None:
-        with StreamedLinears(self._backend) if self._single else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self._single:
+                together = looks_through_torch(self._model)
+                stack.enter_context(StreamedLinears(self._backend, together))
             outputs = self._model(**self._inputs, return_dict=True)
         self.logits = outputs.logits[:, -1].to(torch.float32, copy=True)
         assert self._position is not None

@@ -9,57 +9,82 @@ from torch import nn
 
 import patchkit
 from patchkit.backends import Backend
+from patchkit.compat import CACHE_KEYWORD
 from patchkit.decoding import reference
 from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.gated_matvec import gated_matvec
 from patchkit.decoding.kernels.matvec import matvec
-from patchkit.decoding.streaming import StreamedLinears
-from patchkit.testing import tiny_model
+from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
+from patchkit.testing import FAMILIES, tiny_model
 
 from .test_fused import DEVICE, by_dtype, random
 
 
+def outs_of(x, weights):
+    return [x.new_full((*x.shape[:-1], len(weight)), torch.nan) for weight in weights]
+
+
 @by_dtype
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (63, 97), (5, 2500), (2051, 64), (130, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [((1,), 1), ((63, 1, 7), 97), ((5, 6), 2500), ((2051,), 64), ((130, 33, 33), 1024)],
+)
 def test_matvec(rows, width, bias, dtype):
-    x, weight = random(1, 1, width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
-    shift = random(rows, dtype=dtype, seed=2) if bias else None
-    wide = x.double(), weight.double()
-    oracle = F.linear(*wide, None if shift is None else shift.double())
-    # Rounding errors of float32 sums, against the sum of absolute values, then that of the result.
-    size = F.linear(wide[0].abs(), wide[1].abs())
-    size += 0 if shift is None else shift.double().abs()
+    x = random(1, 1, width, dtype=dtype)
+    weights = [random(n, width, dtype=dtype, seed=1 + i) for i, n in enumerate(rows)]
+    biases = [random(n, dtype=dtype, seed=9 + i) for i, n in enumerate(rows)] if bias else None
+    residual = random(1, 1, rows[0], dtype=dtype, seed=20) if len(rows) == 1 else None
     unit = torch.finfo(dtype).eps / (1 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2)
     for implementation in (matvec, reference.matvec):
-        got = implementation(x, weight, shift)
-        assert got.shape == (1, 1, rows) and got.dtype == dtype
-        error = (got.double() - oracle).abs()
-        assert (
-            error <= 1.01 * unit * oracle.abs() + 16 * torch.finfo(torch.float32).eps * size
-        ).all()
+        outs = outs_of(x, weights)
+        total = None if residual is None else torch.full_like(residual, torch.nan)
+        implementation(x, weights, outs, biases, residual, total)
+        for index, (weight, got) in enumerate(zip(weights, outs, strict=True)):
+            shift = biases[index].double() if bias else torch.zeros(len(weight), device=DEVICE)
+            oracle = F.linear(x.double(), weight.double(), shift.double())
+            # Errors of float32 sums, against the sum of absolute values, then the result's.
+            size = F.linear(x.double().abs(), weight.double().abs(), shift.double().abs())
+            error = (got.double() - oracle).abs()
+            slack = 16 * torch.finfo(torch.float32).eps * size
+            assert (error <= 1.01 * unit * oracle.abs() + slack).all()
+        if residual is not None:
+            exact = residual.double() + outs[0].double()
+            assert ((total.double() - exact).abs() <= 1.01 * unit * exact.abs()).all()
 
 
 def test_matvec_reads_rows_of_a_wider_matrix_only():
     weight = torch.full((40, 96), torch.nan, device=DEVICE)
     weight[:, 16:80] = random(40, 64)
     x = random(64, seed=3)
-    torch.testing.assert_close(matvec(x, weight[:, 16:80]), F.linear(x, weight[:, 16:80]))
+    outs = outs_of(x, [weight])
+    matvec(x, [weight[:, 16:80]], outs)
+    torch.testing.assert_close(outs[0], F.linear(x, weight[:, 16:80]))
+
+
+ONE = torch.ones
 
 
 @pytest.mark.parametrize(
-    ("message", "x", "weight", "bias"),
+    ("message", "args"),
     [
-        ("one vector", torch.ones(2, 8), torch.ones(4, 8), None),
-        ("one vector", torch.ones(9), torch.ones(4, 8), None),
-        ("weight: expected", torch.ones(8), torch.ones(4, 8).half(), None),
-        ("last stride", torch.ones(8), torch.ones(8, 4).T, None),
-        ("bias", torch.ones(8), torch.ones(4, 8), torch.ones(5)),
+        ("one vector", (ONE(2, 8), [ONE(4, 8)], [ONE(2, 4)])),
+        ("one vector", (ONE(9), [ONE(4, 8)], [ONE(4)])),
+        ("weight: expected", (ONE(8), [ONE(4, 8).half()], [ONE(4)])),
+        ("last stride", (ONE(8), [ONE(8, 4).T], [ONE(4)])),
+        ("bias", (ONE(8), [ONE(4, 8)], [ONE(4)], [ONE(5)])),
+        ("1 to 3", (ONE(8), [ONE(4, 8)] * 4, [ONE(4)] * 4)),
+        ("1 to 3", (ONE(8), [ONE(4, 8)], [])),
+        ("1 to 3", (ONE(8), [ONE(4, 8)] * 2, [ONE(4)] * 2, [ONE(4)])),
+        ("out: expected", (ONE(8), [ONE(4, 8)], [ONE(5)])),
+        ("residual", (ONE(8), [ONE(4, 8)], [ONE(4)], None, ONE(4))),
+        ("residual", (ONE(8), [ONE(4, 8)] * 2, [ONE(4)] * 2, None, ONE(4), ONE(4))),
+        ("out: expected", (ONE(8), [ONE(4, 8)], [ONE(4)], None, ONE(5), ONE(4))),
     ],
 )
-def test_matvec_refuses(message, x, weight, bias):
+def test_matvec_refuses(message, args):
     with pytest.raises(ValueError, match=message):
-        matvec(x, weight, bias)
+        matvec(*args)
 
 
 class Quantised(torch.Tensor):
@@ -71,7 +96,7 @@ def test_only_plain_single_vectors_are_answered():
     layer = nn.Linear(24, 40, device=DEVICE).requires_grad_(False)
     alien = random(40, 24).as_subclass(Quantised)
     with torch.no_grad(), StreamedLinears(backend):
-        served = layer(random(1, 1, 24))
+        served = layer(random(1, 1, 24)) * 1
         assert backend.calls["matvec", "triton"] == 1
         layer(random(2, 1, 24))
         F.linear(random(24), alien)
@@ -88,6 +113,123 @@ def test_only_plain_single_vectors_are_answered():
     torch.testing.assert_close(served, layer(random(1, 1, 24)))
 
 
+def test_maps_wait_only_where_nothing_reads_memory_by_itself():
+    model = tiny_model("llama")
+    patchkit.apply(model)  # whose one hook is patchkit's own
+    assert looks_through_torch(model)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not looks_through_torch(model)
+    handle.remove()
+    kind = type(model.model.layers[1].mlp)
+    model.model.layers[1].mlp.__class__ = type("Own", (kind,), {"__module__": "own.models"})
+    assert not looks_through_torch(model)
+    backend = Backend("triton")
+    x, weight = random(24), random(40, 24)
+    with torch.no_grad(), StreamedLinears(backend):
+        got = F.linear(x, weight)
+        assert backend.calls["matvec", "triton"] == 1
+    torch.testing.assert_close(got, F.linear(x, weight))
+
+
+def test_maps_wait_until_somebody_looks():
+    backend = Backend("triton")
+    x, other = random(1, 1, 24), random(1, 1, 24, seed=8)
+    a, b, c, d = (random(n, 24, seed=n) for n in (40, 8, 8, 24))
+    bias = random(8, seed=5)
+    calls = backend.calls
+
+    def count() -> int:
+        return calls["matvec", "triton"]
+
+    with torch.no_grad(), StreamedLinears(backend, together=True):
+        heads = F.linear(x, a).view(1, 1, 5, 8).transpose(1, 2)
+        keys, values = F.linear(x, b), F.linear(x, c)
+        assert heads.shape == (1, 5, 1, 8) and count() == 0
+        first = heads.sum()
+        assert count() == 1
+        more = [F.linear(x, b), F.linear(x, b, bias), F.linear(other, d), F.linear(x, c)]
+        assert count() == 4  # with and without bias, another vector
+        x.add_(1)
+        assert count() == 5  # before the vector changed
+        x.sub_(1)
+        nested = F.linear(F.linear(x, d), d)
+        many = [F.linear(x, b) for _ in range(4)]
+    assert count() == 9  # what was left, at the end
+    torch.testing.assert_close(first, F.linear(x, a).sum())
+    torch.testing.assert_close(heads, F.linear(x, a).view(1, 1, 5, 8).transpose(1, 2))
+    for got, weight in (
+        (keys, b),
+        (values, c),
+        (more[0], b),
+        (more[3], c),
+        *((m, b) for m in many),
+    ):
+        torch.testing.assert_close(got, F.linear(x, weight))
+    torch.testing.assert_close(more[1], F.linear(x, b, bias))
+    torch.testing.assert_close(more[2], F.linear(other, d))
+    torch.testing.assert_close(nested, F.linear(F.linear(x, d), d))
+
+
+def test_a_residual_is_added_in_the_same_launch():
+    backend = Backend("triton")
+    x, residual = random(1, 1, 24), random(1, 1, 40, seed=2)
+    weight = random(40, 24, seed=3)
+    with torch.no_grad(), StreamedLinears(backend, together=True):
+        mapped = F.linear(x, weight)
+        total = residual + mapped
+        assert backend.calls["matvec", "triton"] == 1
+        swapped = F.linear(x, weight) + residual
+        doubled = F.linear(x, weight)
+        doubled = doubled + doubled
+        scaled = F.linear(x, weight) + 1.0
+        wide = F.linear(x, weight) + residual.double()
+        pair = (F.linear(x, weight), F.linear(x, weight))
+        both = residual + pair[1]
+    plain = F.linear(x, weight)
+    for got, want in (
+        (mapped, plain), (total, residual + plain), (swapped, plain + residual),
+        (doubled, plain + plain), (scaled, plain + 1.0), (pair[0], plain),
+        (both, residual + plain),
+    ):  # fmt: skip
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(wide, plain + residual.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_inside_is_not_hidden():
+    backend = Backend("triton")
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        torch.no_grad(),
+        StreamedLinears(backend, True),
+    ):
+        F.linear(random(24), random(40, 24))
+        raise RuntimeError("on purpose")
+    assert not backend.calls
+    assert F.linear(random(2, 24), random(40, 24)).shape == (2, 40)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_every_family(family):
+    model = tiny_model(family).to(DEVICE)
+    ids = torch.randint(5, 90, (1, 9), device=DEVICE)
+    options = {"use_cache": True, "logits_to_keep": 1}
+    with torch.no_grad():
+        want = model(ids).logits[:, -1]
+        patchkit.apply(model, backend="triton")
+        store = model(ids[:, :-1], **options)[CACHE_KEYWORD]
+        backend = model._patchkit.backend
+        before = backend.calls["matvec", "triton"]
+        step = {"position_ids": torch.tensor([[8]], device=DEVICE)}
+        with StreamedLinears(backend, together=True):
+            got = model(ids[:, -1:], **step, **options, **{CACHE_KEYWORD: store}).logits[:, -1]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    layers = model.config.get_text_config().num_hidden_layers
+    launches = backend.calls["matvec", "triton"] - before
+    assert layers < launches
+    if family == "llama":  # queries to values, output, down-projection; and the head
+        assert launches == 3 * layers + 1
+
+
 @by_dtype
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -96,7 +238,8 @@ def test_gated_matvec_is_two_products_and_an_activation(rows, width, activation,
     x = random(1, 1, width, dtype=dtype)
     gate, up = (random(rows, width, dtype=dtype, seed=seed) / 8 for seed in (1, 2))
     shifts = [random(rows, dtype=dtype, seed=seed) if bias else None for seed in (3, 4)]
-    parts = [matvec(x, weight, shift) for weight, shift in zip((gate, up), shifts, strict=True)]
+    parts = outs_of(x, (gate, up))
+    matvec(x, (gate, up), parts, shifts if bias else None)
     want = gated_activation(*parts, activation=activation)
     got = gated_matvec(x, gate, up, *shifts, activation=activation)
     torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

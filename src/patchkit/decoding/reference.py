@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -150,20 +150,30 @@ def rotary(
     return rotate(q), rotate(k)
 
 
-def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map one vector as `torch.nn.functional.linear` does, with sums in float32 or wider.
+def matvec(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Map one vector as `torch.nn.functional.linear` does, by several weights at once.
+
+    Sums are in float32 or wider. A single result, rounded, can be added to a residual.
 
     Args:
         x: `[..., K]`, one vector, any float dtype.
-        weight: `[N, K]`, as `x`.
-        bias: `[N]`, as `x`, or None.
-
-    Returns:
-        `[..., N]`, in the dtype of `x`.
+        weights: One to three, each `[N, K]` with an N of its own, as `x`.
+        outs: For each weight `[..., N]`, as `x`. Written.
+        biases: For each weight `[N]`, as `x`. None: no biases.
+        residual: `[..., N]`, as `x`; with one weight only.
+        total: As `residual`. Written: `out + residual`. Given exactly if `residual` is.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    result = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    return result.to(x.dtype)
+    for index, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        out.copy_(_linear(x, weight, None if biases is None else biases[index]))
+    if residual is not None and total is not None:
+        torch.add(residual, outs[0], out=total)
 
 
 def gated_matvec(
@@ -186,10 +196,16 @@ def gated_matvec(
         activation: `"silu"` or `"gelu_tanh"`.
 
     Returns:
-        `[..., N]`, in the dtype of `x`: `gated_activation` of two `matvec`.
+        `[..., N]`, in the dtype of `x`: `gated_activation` of what two `matvec` give.
     """
-    gates, ups = matvec(x, gate, gate_bias), matvec(x, up, up_bias)
+    gates, ups = _linear(x, gate, gate_bias), _linear(x, up, up_bias)
     return gated_activation(gates, ups, activation=activation)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    result = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return result.to(x.dtype)
 
 
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:

@@ -3,6 +3,10 @@
 cuBLAS is made for matrices; a kernel that only has to stream a weight does so at the rate of a
 copy. A step does not care which module or adapter asks, so no module is edited: while a step runs,
 calls of `torch.nn.functional.linear` are answered.
+
+Where all modules look at tensors through torch alone, a map is launched only when somebody looks at
+its result. So maps of one vector that follow each other, as those of queries, keys and values do,
+are one launch, and adding a residual is part of it.
 """
 
 from __future__ import annotations
@@ -10,14 +14,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patchkit.decoding.eligibility import is_plain, kernels_serve
+from patchkit.decoding.eligibility import global_hooks, is_plain, kernels_serve
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
+
+_KNOWN = ("torch", "transformers", "peft", "patchkit")
+_MOST = 3  # weights that the kernel takes at once
+
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
+_BLIND = frozenset(
+    [
+        *(Tensor.view, Tensor.transpose, Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride),
+        *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    ]
+)
+"""Functions that look at no element of a tensor."""
+
+
+def looks_through_torch(model: nn.Module) -> bool:
+    """Say whether nothing in a model but torch's own functions reads the memory of a tensor.
+
+    That is known of the modules and hooks of torch, transformers and PEFT.
+    """
+    code: list[Any] = []
+    for module in model.modules():
+        code += (type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not global_hooks() and all(
+        (getattr(part, "__module__", None) or "").partition(".")[0] in _KNOWN for part in code
+    )
 
 
 class StreamedLinears(TorchFunctionMode):
@@ -25,11 +55,15 @@ class StreamedLinears(TorchFunctionMode):
 
     Args:
         backend: Runs the kernel.
+        together: Wait with a launch until a function of torch looks at the result, for what else
+            can be part of it. Extensions that read memory by themselves would come too early.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, together: bool = False) -> None:
         super().__init__()
-        self._backend = backend
+        self._backend, self._together = backend, together
+        self._x: Tensor | None = None
+        self._asked: list[tuple[Tensor, Tensor | None, Tensor]] = []  # weight, bias, result
 
     def __torch_function__(
         self,
@@ -40,8 +74,24 @@ class StreamedLinears(TorchFunctionMode):
     ) -> Any:
         """Answer a call of a function of torch."""
         if func is F.linear and not kwargs and self._serves(*args):
-            return self._backend.run("decoding", "matvec", args[0].device, *args)
+            return self._ask(*args)
+        if self._asked and func not in _BLIND:
+            if (
+                func == Tensor.add
+                and not kwargs
+                and (residual := self._residual(*args)) is not None
+            ):
+                total = torch.empty_like(residual)
+                self._launch(residual=residual, total=total)
+                return total
+            self._launch()
         return func(*args, **(kwargs or {}))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Launch what nobody has looked at."""
+        if kind is None:
+            self._launch()
+        super().__exit__(kind, error, trace)
 
     def _serves(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         given = (x, weight) if bias is None else (x, weight, bias)
@@ -55,3 +105,37 @@ class StreamedLinears(TorchFunctionMode):
             and (bias is None or bias.shape == weight.shape[:1])
             and kernels_serve(self._backend, x)
         )
+
+    def _ask(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._asked:
+            biased = self._asked[0][1] is not None
+            if x is not self._x or len(self._asked) == _MOST or biased != (bias is not None):
+                self._launch()
+        result = x.new_empty(*x.shape[:-1], weight.shape[0])
+        self._x = x
+        self._asked.append((weight, bias, result))
+        if not self._together:
+            self._launch()
+        return result
+
+    def _residual(self, *terms: Any) -> Tensor | None:
+        """Return what is to be added to the only result that is asked for, if it can be."""
+        *_, result = self._asked[0]
+        others = [term for term in terms if term is not result]
+        if len(self._asked) > 1 or len(terms) != 2 or len(others) != 1:
+            return None
+        (other,) = others
+        if type(other) is not Tensor or other.shape != result.shape or other.dtype != result.dtype:
+            return None
+        return other if other.is_contiguous() and other.device == result.device else None
+
+    def _launch(self, **options: Tensor) -> None:
+        asked, self._asked = self._asked, []
+        if not asked:
+            return
+        assert self._x is not None
+        weights, biases, results = zip(*asked, strict=True)
+        given = None if biases[0] is None else biases
+        device = self._x.device
+        self._backend.run("decoding", "matvec", device, self._x, weights, results, given, **options)
+        self._x = None

@@ -6,6 +6,8 @@ others it needs a second launch that sums up partial results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -37,26 +39,60 @@ def add_products(
 @triton.jit
 def _matvec_kernel(
     x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    num_rows,
-    stride_w,
+    weight_0_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
+    bias_0_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    out_0_ptr,
+    out_1_ptr,
+    out_2_ptr,
+    residual_ptr,
+    total_ptr,
+    rows_0,
+    rows_1,
+    rows_2,
+    stride_0,
+    stride_1,
+    stride_2,
     K: tl.constexpr,
+    COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # One program: BLOCK_N rows of one of COUNT weights.
+    block = tl.program_id(0)
+    weight_ptr, bias_ptr, out_ptr = weight_0_ptr, bias_0_ptr, out_0_ptr
+    num_rows, stride = rows_0, stride_0
+    if COUNT > 1:
+        first_1 = tl.cdiv(rows_0, BLOCK_N)
+        first_2 = first_1 + tl.cdiv(rows_1, BLOCK_N)
+        if (COUNT > 2) & (block >= first_2):
+            weight_ptr, bias_ptr, out_ptr = weight_2_ptr, bias_2_ptr, out_2_ptr
+            num_rows, stride = rows_2, stride_2
+            block -= first_2
+        elif block >= first_1:
+            weight_ptr, bias_ptr, out_ptr = weight_1_ptr, bias_1_ptr, out_1_ptr
+            num_rows, stride = rows_1, stride_1
+            block -= first_1
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
-    weight_ptr += rows.to(tl.int64)[:, None] * stride_w  # [BLOCK_N, 1]
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    row_ptr = weight_ptr + rows.to(tl.int64)[:, None] * stride  # [BLOCK_N, 1]
+    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
-        total = add_products(total, x_ptr, weight_ptr, start, mask_n, K, BLOCK_K)
-    result = tl.sum(total, axis=1)
+        products = add_products(products, x_ptr, row_ptr, start, mask_n, K, BLOCK_K)
+    result = tl.sum(products, axis=1)
     if HAS_BIAS:
         result += tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=mask_n)
+    result = result.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows, result, mask=mask_n)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
+        total = residual + result.to(tl.float32)
+        tl.store(total_ptr + rows, total.to(total_ptr.dtype.element_ty), mask=mask_n)
 
 
 def blocks(num_rows: int, width: int) -> dict[str, int]:
@@ -82,37 +118,79 @@ def check_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias: expected [{num_rows}], got {list(bias.shape)}")
 
 
-def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map one vector as `torch.nn.functional.linear` does, with sums in float32.
+def matvec(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Map one vector as `torch.nn.functional.linear` does, by up to three weights at once.
+
+    Sums are in float32. A single result, rounded, can be added to a residual.
 
     Args:
         x: `[..., K]`, one vector, float32/float16/bfloat16.
-        weight: `[N, K]`, as `x`, last stride 1.
-        bias: `[N]`, as `x`, or None.
-
-    Returns:
-        `[..., N]`, contiguous, in the dtype of `x`.
+        weights: One to three, each `[N, K]` with an N of its own, as `x`, last stride 1.
+        outs: For each weight `[..., N]`, contiguous, as `x`. Written.
+        biases: For each weight `[N]`, as `x`. None: no biases.
+        residual: `[..., N]`, contiguous, as `x`; with one weight only.
+        total: As `residual`. Written: `out + residual`. Given exactly if `residual` is.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or strides disagree, or `x` is more than one vector.
+        ValueError: Numbers, shapes, dtypes, devices or strides disagree, or `x` is more than one
+            vector.
     """
-    num_rows, width = weight.shape
-    check_vector(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], num_rows)
-    if num_rows == 0:
-        return out
-    tiles = blocks(num_rows, width)
+    count = len(weights)
+    if not 1 <= count <= 3 or len(outs) != count or len(biases or weights) != count:
+        raise ValueError(
+            f"expected 1 to 3 weights, each with an output, and biases for all or none; got "
+            f"{count} weights, {len(outs)} outputs, {len(biases or ())} biases"
+        )
+    for weight, out, bias in zip(weights, outs, biases or (None,) * count, strict=True):
+        check_vector(x, weight, bias)
+        _check_result(x, weight, out)
+    if (residual is None) != (total is None) or (residual is not None and count > 1):
+        raise ValueError("expected both of residual and total, with one weight, or neither")
+    for result in (residual, total):
+        if result is not None:
+            _check_result(x, weights[0], result)
+
+    width = x.shape[-1]
+    tiles = blocks(sum(weight.shape[0] for weight in weights), width)
+    num_blocks = sum(triton.cdiv(weight.shape[0], tiles["BLOCK_N"]) for weight in weights)
+    if num_blocks == 0:
+        return
     vector = x.reshape(width).contiguous()
+    unused = 3 - count
     with torch.cuda.device_of(x):
-        _matvec_kernel[(triton.cdiv(num_rows, tiles["BLOCK_N"]),)](
+        _matvec_kernel[(num_blocks,)](
             vector,
-            weight,
-            vector if bias is None else bias.contiguous(),
-            out,
-            num_rows,
-            weight.stride(0),
+            *weights,
+            *(vector,) * unused,
+            *((vector,) * count if biases is None else (bias.contiguous() for bias in biases)),
+            *(vector,) * unused,
+            *outs,
+            *(vector,) * unused,
+            vector if residual is None else residual,
+            vector if total is None else total,
+            *(weight.shape[0] for weight in weights),
+            *(0,) * unused,
+            *(weight.stride(0) for weight in weights),
+            *(0,) * unused,
             K=width,
-            HAS_BIAS=bias is not None,
+            COUNT=count,
+            HAS_BIAS=biases is not None,
+            HAS_RESIDUAL=residual is not None,
             **tiles,
         )
-    return out
+
+
+def _check_result(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    alike = out.dtype == x.dtype and out.device == x.device and out.is_contiguous()
+    if out.numel() != weight.shape[0] or not alike:
+        raise ValueError(
+            f"out: expected contiguous {x.dtype} of {weight.shape[0]} on {x.device}, got "
+            f"{out.dtype} {list(out.shape)} on {out.device} with strides {out.stride()}"
+        )
