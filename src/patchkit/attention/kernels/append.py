@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import first_slot, starts
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["append"]
 
@@ -58,10 +59,12 @@ def _append_kernel(
     HAS_VALID: tl.constexpr,
     HAS_LIST_START: tl.constexpr,
     UPDATE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     b = (tl.program_id(0) // num_heads).to(tl.int64)
     h = (tl.program_id(0) % num_heads).to(tl.int64)
     first = tl.program_id(1) * BLOCK_T
@@ -194,6 +197,7 @@ def append(
             HAS_VALID=valid is not None,
             HAS_LIST_START=list_start is not None,
             UPDATE=single,
+            **launch_options(keys.device),
             BLOCK_T=block_t,
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),
             BLOCK_SCAN=1024,

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from patchkit.attention.kernels import first_slot, per_head, shared_bytes, starts
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["decode_attention"]
 
-_TARGET_PROGRAMS = 132
+_TARGET_PROGRAMS = 256
 _MAX_ROWS = 128
 _SPARE_BYTES = 27 * 1024  # of shared memory, for what a tile is copied through
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -54,9 +55,11 @@ def _decode_attention_kernel(
     Q: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_INDICES: tl.constexpr,
     HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # One program: all query rows of one KV head, every num_splits-th tile of its slots.
+    wait_for_previous(EARLY)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -144,10 +147,11 @@ def _merge_kernel(
     partial_ptr, stats_ptr, sinks_ptr, out_ptr, lse_ptr,
     stride_sink, num_kv_heads, num_splits,
     Q: tl.constexpr, ROWS: tl.constexpr, D_V: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     # One program: one query row, all its splits. Layout [lists, splits, ROWS, ..].
+    wait_for_previous(EARLY)
     pid = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     b = pid // num_kv_heads
@@ -288,7 +292,7 @@ def decode_attention(
     block_m = max(16, triton.next_power_of_2(rows))
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(value_dim))
-    many = num_lists > _TARGET_PROGRAMS
+    many = num_lists > _TARGET_PROGRAMS // 2
     shared = shared_bytes(query.device)
     blocks = _blocks(block_d + block_dv, block_m, query.element_size(), many, shared)
     # From shapes only, so that the grid can be captured: fill the GPU, at least one tile each.
@@ -296,6 +300,7 @@ def decode_attention(
     num_splits = max(1, min(num_tiles, triton.cdiv(_TARGET_PROGRAMS, num_lists)))
     partial = query.new_empty((num_lists, num_splits, rows, value_dim), dtype=torch.float32)
     stats = query.new_empty((num_lists, num_splits, rows, 2), dtype=torch.float32)
+    early = launch_options(query.device)
     with torch.cuda.device_of(query):
         _decode_attention_kernel[(num_lists, num_splits)](
             query, keys, values, position, length, seen,
@@ -312,13 +317,13 @@ def decode_attention(
             HAS_INDICES=indices is not None, HAS_LIST_START=list_start is not None,
             UPCAST=INTERPRETED and dtype == torch.bfloat16,
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
-            BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_DV=block_dv, **blocks,
+            BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_DV=block_dv, **early, **blocks,
         )  # fmt: skip
         _merge_kernel[(num_lists, rows)](
             partial, stats, stats if sinks is None else sinks, out, stats if lse is None else lse,
             0 if sinks is None else sinks.stride(0), num_kv_heads, num_splits,
             Q=q_len, ROWS=rows, D_V=value_dim, HAS_SINKS=sinks is not None,
-            HAS_LSE=lse is not None, BLOCK_S=max(2, min(triton.next_power_of_2(num_splits), 32)),
+            HAS_LSE=lse is not None, **early, BLOCK_S=max(2, min(triton.next_power_of_2(num_splits), 32)),
             BLOCK_DV=block_dv, num_warps=4,
         )  # fmt: skip
     return out

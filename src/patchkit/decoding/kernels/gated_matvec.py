@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.decoding.kernels.gated_activation import gated
-from patchkit.decoding.kernels.matvec import add_products, blocks, check_vector
+from patchkit.decoding.kernels.matvec import blocks, check_vector, vector_tile, weight_tile
 from patchkit.decoding.reference import ACTIVATIONS
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["gated_matvec"]
 
@@ -32,9 +33,11 @@ def _gated_matvec_kernel(
     GELU: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
     HAS_UP_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < num_rows
     dtype = out_ptr.dtype.element_ty
@@ -43,8 +46,9 @@ def _gated_matvec_kernel(
     gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
-        gates = add_products(gates, x_ptr, gate_ptr, start, mask_n, K, BLOCK_K)
-        ups = add_products(ups, x_ptr, up_ptr, start, mask_n, K, BLOCK_K)
+        x = vector_tile(x_ptr, start, K, BLOCK_K)
+        gates += weight_tile(gate_ptr, start, mask_n, K, BLOCK_K) * x
+        ups += weight_tile(up_ptr, start, mask_n, K, BLOCK_K) * x
     gate, up = tl.sum(gates, axis=1), tl.sum(ups, axis=1)
     if HAS_GATE_BIAS:
         gate += tl.load(gate_bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
@@ -109,6 +113,7 @@ def gated_matvec(
             GELU=activation == "gelu_tanh",
             HAS_GATE_BIAS=gate_bias is not None,
             HAS_UP_BIAS=up_bias is not None,
+            **launch_options(x.device),
             **tiles,
         )
     return out

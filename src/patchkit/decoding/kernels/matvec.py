@@ -13,27 +13,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.dependent_launch import launch_options, wait_for_previous
+
 __all__ = ["matvec"]
 
 
 @triton.jit
-def add_products(
-    total, x_ptr, weight_ptr, start, mask_n, K: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    # Add a tile [BLOCK_N, BLOCK_K] of products to `total`; `weight_ptr` [BLOCK_N, 1] are rows.
+def weight_tile(row_ptr, start, mask_n, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [BLOCK_N, BLOCK_K] float32 of the rows at `row_ptr` [BLOCK_N, 1].
     offs_k = start + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    if K % BLOCK_K == 0:
-        x = tl.load(x_ptr + offs_k)
-        mask = mask_n[:, None]
-    else:
-        x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)
-        mask = mask_n[:, None] & mask_k[None, :]
+    mask = mask_n[:, None]
+    if K % BLOCK_K:
+        mask = mask & (offs_k < K)[None, :]
     # What is read once per token should not push out what the next kernel reads.
-    weight = tl.load(
-        weight_ptr + offs_k[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-    )
-    return total + weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    tile = tl.load(row_ptr + offs_k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def vector_tile(x_ptr, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [1, BLOCK_K] float32.
+    offs_k = start + tl.arange(0, BLOCK_K)
+    if K % BLOCK_K:
+        tile = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0)
+    else:
+        tile = tl.load(x_ptr + offs_k)
+    return tile.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _map_rows(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    residual_ptr,
+    total_ptr,
+    block,
+    num_rows,
+    stride,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = rows < num_rows
+    row_ptr = weight_ptr + rows.to(tl.int64)[:, None] * stride  # [BLOCK_N, 1]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
+    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        weight = weight_tile(row_ptr, start, mask_n, K, BLOCK_K)
+        products += weight * vector_tile(x_ptr, start, K, BLOCK_K)
+    result = tl.sum(products, axis=1)
+    if HAS_BIAS:
+        result += bias
+    result = result.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows, result, mask=mask_n)
+    if HAS_RESIDUAL:
+        total = residual + result.to(tl.float32)
+        tl.store(total_ptr + rows, total.to(total_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -60,39 +103,34 @@ def _matvec_kernel(
     COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program: BLOCK_N rows of one of COUNT weights.
+    # One program: BLOCK_N rows of one of COUNT weights. A branch for each, because the compiler
+    # does not know how a pointer that was chosen is aligned.
+    wait_for_previous(EARLY)
     block = tl.program_id(0)
-    weight_ptr, bias_ptr, out_ptr = weight_0_ptr, bias_0_ptr, out_0_ptr
-    num_rows, stride = rows_0, stride_0
-    if COUNT > 1:
-        first_1 = tl.cdiv(rows_0, BLOCK_N)
-        first_2 = first_1 + tl.cdiv(rows_1, BLOCK_N)
-        if (COUNT > 2) & (block >= first_2):
-            weight_ptr, bias_ptr, out_ptr = weight_2_ptr, bias_2_ptr, out_2_ptr
-            num_rows, stride = rows_2, stride_2
-            block -= first_2
-        elif block >= first_1:
-            weight_ptr, bias_ptr, out_ptr = weight_1_ptr, bias_1_ptr, out_1_ptr
-            num_rows, stride = rows_1, stride_1
-            block -= first_1
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = rows < num_rows
-    row_ptr = weight_ptr + rows.to(tl.int64)[:, None] * stride  # [BLOCK_N, 1]
-    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        products = add_products(products, x_ptr, row_ptr, start, mask_n, K, BLOCK_K)
-    result = tl.sum(products, axis=1)
-    if HAS_BIAS:
-        result += tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
-    result = result.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows, result, mask=mask_n)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
-        total = residual + result.to(tl.float32)
-        tl.store(total_ptr + rows, total.to(total_ptr.dtype.element_ty), mask=mask_n)
+    first_1 = tl.cdiv(rows_0, BLOCK_N)
+    first_2 = first_1 + tl.cdiv(rows_1, BLOCK_N)
+    if (COUNT == 1) | (block < first_1):
+        _map_rows(
+            x_ptr, weight_0_ptr, bias_0_ptr, out_0_ptr, residual_ptr, total_ptr,
+            block, rows_0, stride_0,
+            K, HAS_BIAS, HAS_RESIDUAL, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif (COUNT == 2) | (block < first_2):
+        _map_rows(
+            x_ptr, weight_1_ptr, bias_1_ptr, out_1_ptr, residual_ptr, total_ptr,
+            block - first_1, rows_1, stride_1,
+            K, HAS_BIAS, False, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _map_rows(
+            x_ptr, weight_2_ptr, bias_2_ptr, out_2_ptr, residual_ptr, total_ptr,
+            block - first_2, rows_2, stride_2,
+            K, HAS_BIAS, False, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 def blocks(num_rows: int, width: int) -> dict[str, int]:
@@ -183,6 +221,7 @@ def matvec(
             COUNT=count,
             HAS_BIAS=biases is not None,
             HAS_RESIDUAL=residual is not None,
+            **launch_options(x.device),
             **tiles,
         )
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.dependent_launch import launch_options, wait_for_previous
+
 __all__ = ["rms_norm"]
 
 
@@ -23,8 +25,10 @@ def _rms_norm_kernel(
     offset,
     D: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -77,6 +81,7 @@ def rms_norm(
             float(offset),
             D=dim,
             ROUND_FIRST=round_first,
+            **launch_options(x.device),
             BLOCK_D=block_d,
             num_warps=min(max(block_d // 512, 1), 16),
         )

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.decoding.reference import Table, rotary_fits, rotated_elements
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["rotary"]
 
@@ -97,10 +98,12 @@ def _rotary_kernel(
     INTERLEAVED: tl.constexpr,
     FULL: tl.constexpr,
     WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     b = (tl.program_id(0) // num_tokens).to(tl.int64)
     s = (tl.program_id(0) % num_tokens).to(tl.int64)
     q_ptr += b * stride_qb + s * stride_qs
@@ -207,6 +210,7 @@ def rotary(
             INTERLEAVED=interleaved,
             FULL=table == "full",
             WIDE=wide or cos.dtype != q.dtype,
+            **launch_options(q.device),
             BLOCK_H=block_h,
             BLOCK_P=block_p,
             BLOCK_REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)),
