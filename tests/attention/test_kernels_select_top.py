@@ -37,7 +37,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [None, 128], ids=["single", "chunks"])
+@pytest.mark.parametrize("chunk", [None, 128], ids=["as-is", "chunks"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_select_top_equals_sort(
     case: SelectCase, chunk: int | None, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [None, 4096], ids=["single", "chunks"])
+@pytest.mark.parametrize("chunk", [None, 4096], ids=["as-is", "chunks"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_select_top(case: SelectCase, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     check_select_top(case, "cuda", monkeypatch, chunk)

@@ -23,11 +23,11 @@ from patchkit.attention.reference import check_arguments
 
 __all__ = ["select_top"]
 
-# Capacity up to which one program per list does everything, slots per program beyond, and slots
-# that the one program of a list takes at a time.
+# Capacity up to which one program per list does everything, holding its keys in registers; slots
+# per program beyond, and candidates that the one program of a list takes at a time.
 _MAX_SINGLE = 8192
-_CHUNK = 4096
-_BLOCK = 4096
+_CHUNK = 2048
+_BLOCK = 1024
 
 _NUM_BINS = tl.constexpr(256)
 _NUM_SAMPLES = tl.constexpr(256)
@@ -97,6 +97,14 @@ def _find_bin(histogram, inside, need):
 
 
 @triton.jit
+def _block_of_keys(held, candidates_ptr, slot, length, HELD: tl.constexpr):
+    """Return the keys of a block, `held` or those of candidates, and which of them there are."""
+    live = slot < length
+    key = held if HELD else tl.load(candidates_ptr + slot, mask=live, other=0)
+    return key, live
+
+
+@triton.jit
 def _select_top_kernel(
     score_ptr,
     position_ptr,
@@ -130,60 +138,45 @@ def _select_top_kernel(
     FROM_SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    # FROM_SLOTS: search the slots of a list and write `keep`. Otherwise search its candidates, put
-    # in the place of each how many before it are kept, and write the threshold.
+    # FROM_SLOTS: search the slots of a list, at most BLOCK_S, and write `keep`. Otherwise search
+    # its candidates, put in the place of each how many before it are kept, and write the threshold.
     row = tl.program_id(0).to(tl.int64)
     b, h = row // num_heads, row % num_heads
     offs = tl.arange(0, BLOCK_S)
     plan_ptr += row * _PLAN
     candidates_ptr += row * (capacity + 1)
     keep_ptr += row * width
-    score_ptr += b * stride_sb + h * stride_sh
-    position_ptr += b * stride_pb + h * stride_ph
-    seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
-    recent = tl.load(recent_ptr + b * stride_rb + h * stride_rh)
+    lowest = tl.full((), _MIN_KEY, tl.int64)
+    highest = tl.full((), _MAX_KEY, tl.int64)
     if FROM_SLOTS:
         length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
         count = tl.load(count_ptr + b * stride_cb + h * stride_ch)
-    else:
-        length = tl.load(plan_ptr + _INSIDE).to(tl.int32)
-        count = tl.load(plan_ptr + _NEED).to(tl.int32)
-
-    lowest = tl.full((), _MIN_KEY, tl.int64)
-    highest = tl.full((), _MAX_KEY, tl.int64)
-    inside, need = length, count
-    if FROM_SLOTS:
+        seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
+        recent = tl.load(recent_ptr + b * stride_rb + h * stride_rh)
+        held = _load_keys(
+            score_ptr + b * stride_sb + h * stride_sh, position_ptr + b * stride_pb + h * stride_ph,
+            stride_ss, stride_ps, offs, offs < length, seen, recent, num_sinks, HAS_SCORE, MEAN,
+        )  # fmt: skip
         # Protected slots and scores lie far apart: bins over both would be wasted.
-        protected = tl.zeros((), tl.int32)
-        for start in range(0, length, BLOCK_S):
-            slot = start + offs
-            live = slot < length
-            key = _load_keys(
-                score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent,
-                num_sinks, HAS_SCORE, MEAN,
-            )  # fmt: skip
-            protected += tl.sum((live & (key >= _PROTECTED)).to(tl.int32), axis=0)
+        protected = tl.sum(((offs < length) & (held >= _PROTECTED)).to(tl.int32), axis=0)
         if count > protected:
             highest = tl.full((), _PROTECTED - 1, tl.int64)
             inside, need = length - protected, count - protected
         else:
             lowest = tl.full((), _PROTECTED, tl.int64)
-            inside = protected
+            inside, need = protected, count
+    else:
+        length = tl.load(plan_ptr + _INSIDE).to(tl.int32)
+        count = tl.load(plan_ptr + _NEED).to(tl.int32)
+        held = offs.to(tl.int64)  # not used
+        inside, need = length, count
     searching = count > 0
     while searching:
         # Shrink the interval to the keys it holds.
         low = tl.full((BLOCK_S,), _MAX_KEY, tl.int64)
         high = tl.full((BLOCK_S,), _MIN_KEY, tl.int64)
         for start in range(0, length, BLOCK_S):
-            slot = start + offs
-            live = slot < length
-            if FROM_SLOTS:
-                key = _load_keys(
-                    score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent,
-                    num_sinks, HAS_SCORE, MEAN,
-                )  # fmt: skip
-            else:
-                key = tl.load(candidates_ptr + slot, mask=live, other=0)
+            key, live = _block_of_keys(held, candidates_ptr, start + offs, length, FROM_SLOTS)
             live &= (key >= lowest) & (key <= highest)
             low = tl.minimum(low, tl.where(live, key, _MAX_KEY))
             high = tl.maximum(high, tl.where(live, key, _MIN_KEY))
@@ -193,15 +186,7 @@ def _select_top_kernel(
             shift = _bin_shift(highest - lowest)
             histogram = tl.zeros((_NUM_BINS,), tl.int32)
             for start in range(0, length, BLOCK_S):
-                slot = start + offs
-                live = slot < length
-                if FROM_SLOTS:
-                    key = _load_keys(
-                        score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent,
-                        num_sinks, HAS_SCORE, MEAN,
-                    )  # fmt: skip
-                else:
-                    key = tl.load(candidates_ptr + slot, mask=live, other=0)
+                key, live = _block_of_keys(held, candidates_ptr, start + offs, length, FROM_SLOTS)
                 live &= (key >= lowest) & (key <= highest)
                 bin_of_key = tl.where(live, (key - lowest) >> shift, 0).to(tl.int32)
                 histogram += tl.histogram(bin_of_key, _NUM_BINS)
@@ -215,14 +200,7 @@ def _select_top_kernel(
     before = tl.zeros((), tl.int32)
     for start in range(0, length, BLOCK_S):
         slot = start + offs
-        live = slot < length
-        if FROM_SLOTS:
-            key = _load_keys(
-                score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent, num_sinks,
-                HAS_SCORE, MEAN,
-            )  # fmt: skip
-        else:
-            key = tl.load(candidates_ptr + slot, mask=live, other=0)
+        key, live = _block_of_keys(held, candidates_ptr, slot, length, FROM_SLOTS)
         kept = (live & (key >= threshold)).to(tl.int32)
         rank = before + tl.cumsum(kept, axis=0) - kept
         if FROM_SLOTS:
@@ -464,7 +442,7 @@ def select_top(
 
     with torch.cuda.device_of(position):
         if capacity <= _MAX_SINGLE:
-            block_s = min(max(triton.next_power_of_2(capacity), 128), _BLOCK)
+            block_s = max(triton.next_power_of_2(capacity), 128)
             _select_top_kernel[(num_lists,)](
                 *held, keep, keep, keep, *strides, num_heads, num_sinks, capacity, width,
                 **options, FROM_SLOTS=True, BLOCK_S=block_s,
@@ -488,7 +466,7 @@ def select_top(
         )  # fmt: skip
         _select_top_kernel[(num_lists,)](
             *held, keep, candidates, plan, *strides, num_heads, num_sinks, capacity, width,
-            **options, FROM_SLOTS=False, BLOCK_S=_BLOCK, num_warps=16,
+            **options, FROM_SLOTS=False, BLOCK_S=_BLOCK, num_warps=4,
         )  # fmt: skip
         _write_kernel[grid](
             keys, candidates, before, plan, keep, capacity, width, num_chunks, CHUNK=_CHUNK,
