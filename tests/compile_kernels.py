@@ -143,12 +143,14 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 
 
 def decoding(dtype: torch.dtype) -> None:
+    from patchkit.decoding.kernels.argmax import argmax
     from patchkit.decoding.kernels.gated_activation import gated_activation
     from patchkit.decoding.kernels.gated_matvec import gated_matvec
     from patchkit.decoding.kernels.logit_wave import logit_wave
     from patchkit.decoding.kernels.matvec import matvec
     from patchkit.decoding.kernels.rms_norm import rms_norm
     from patchkit.decoding.kernels.rotary import rotary
+    from patchkit.decoding.kernels.settle import settle
 
     for rows, dim in ((1, 576), (3000, 4096)):
         x = torch.zeros(rows, dim, dtype=torch.bfloat16)
@@ -174,6 +176,11 @@ def decoding(dtype: torch.dtype) -> None:
             rotary(q, q[:, :8], cos, cos, **options)
     logits = torch.zeros(2, 1000, dtype=dtype)
     ids = torch.tensor([1, 2, 3])
+    argmax(logits)
+    alive = torch.ones(3, dtype=torch.bool)
+    held = (ids[:, None], ids[:, None].repeat(1, 9), ids[:1], alive, alive[0])
+    settle(ids, *held)
+    settle(ids, *held, ids[:1], ids[None])
     step, ended = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
     wave = {"amplitude": 1.0, "period": 600, "phase": 0.0}
     logit_wave(logits, ids, step, ended, **wave)

@@ -9,6 +9,7 @@ it gives without patchkit, but nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -22,20 +23,22 @@ from transformers import (
 )
 from transformers.generation import GenerationConfig
 
+from patchkit.backends import Backend
 from patchkit.device_processors import DeviceProcessor, on_device
 
 
 def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample one token per row of `scores [B, V]` without waiting for the device.
+    """Sample among the tokens of every row of `scores [B, V]` without waiting for the device.
 
     This is the race of exponential variables by which `torch.multinomial` draws a single sample.
 
     Returns:
-        The tokens, `[B]` int64, and whether every probability was a number, `[]` bool.
+        The race, `[B, V]`, which the drawn token of a row leads, and whether every probability was
+        a number, `[]` bool.
     """
     probabilities = scores.softmax(-1)
     race = probabilities / torch.empty_like(probabilities).exponential_(1)
-    return race.argmax(-1), probabilities.isfinite().all()
+    return race, probabilities.isfinite().all()
 
 
 class TokenChoice:
@@ -47,6 +50,7 @@ class TokenChoice:
         batch_size: Rows.
         width: Tokens per row that there is room for, prompt included.
         device: Of the logits.
+        backend: Runs the kernels.
 
     Attributes:
         ids: `[B, width]` int64; the first `length` columns are valid.
@@ -61,7 +65,10 @@ class TokenChoice:
 
     scores: Tensor
 
-    def __init__(self, batch_size: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, batch_size: int, width: int, device: torch.device, backend: Backend
+    ) -> None:
+        self._backend = backend
         ids, flags = ({"dtype": kind, "device": device} for kind in (torch.int64, torch.bool))
         with torch.inference_mode(False):  # what is kept must serve any later mode
             self.ids = torch.zeros(batch_size, width, **ids)
@@ -140,10 +147,10 @@ class TokenChoice:
         held = (t for t in (self._ends, self._pad) if t is not None)
         addresses = tuple((tensor.data_ptr(), tensor.shape) for tensor in held)
         processors = (p.recipe for p in self._processors if isinstance(p, DeviceProcessor))
-        return addresses, self._sampling, self.watches, tuple(processors)
+        return addresses, self._sampling, tuple(processors)
 
     def choose(self, logits: Tensor) -> None:
-        """Write the next token of every row to `token` and `ids`, and refresh `alive`.
+        """Write the next token of every row to `token` and `ids`, and refresh `flags`.
 
         Only device operations, unless a custom processor or criterion brings others. The caller
         counts `length` with `advance`, since a recorded `choose` runs no Python.
@@ -158,23 +165,22 @@ class TokenChoice:
                 logits = process(self.ids[:, : self.length].clone(), logits.clone())
         self.scores = logits
         if self._sampling:
-            chosen, sound = draw(logits)
+            race, sound = draw(logits)
             self.flags[1] &= sound
         else:
-            chosen = logits.argmax(-1)
-        if self._pad is not None:
-            chosen = torch.where(self._unfinished, chosen, self._pad)
-        self.token.copy_(chosen[:, None])
-        self.ids.index_copy_(1, self._column, self.token)
-        self._column += 1
-        if self._ends is not None:
-            self._unfinished &= (self.token != self._ends).all(-1)
+            race = logits
+        run, device, alive = partial(self._backend.run, "decoding"), self.ids.device, self.flags[0]
+        if race.dtype == torch.float64:  # of a custom processor; kernels know less
+            chosen = race.argmax(-1)
+        else:
+            chosen = run("argmax", race.device, race)
+        held = (self.token, self.ids, self._column, self._unfinished, alive)
+        run("settle", device, chosen.to(device), *held, self._pad, self._ends)
         if self._criteria:
             scores = None if self.history is None else (*self.history, logits)
             done = self._criteria(self.ids[:, : self.length + 1].clone(), scores)
             self._unfinished &= ~done.to(self._unfinished.device)
-        if self.watches:
-            self.flags[0] = self._unfinished.any()
+            alive.copy_(self._unfinished.any())
 
     def advance(self) -> None:
         """Count one chosen token on the host."""

@@ -208,6 +208,48 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result.to(x.dtype)
 
 
+def argmax(scores: Tensor) -> Tensor:
+    """Return the place of the highest score of every row, of several the first.
+
+    Args:
+        scores: `[B, V]`, any float dtype, V >= 1. NaN is above all numbers.
+
+    Returns:
+        `[B]` int64.
+    """
+    return scores.argmax(-1)
+
+
+def settle(
+    chosen: Tensor,
+    token: Tensor,
+    ids: Tensor,
+    column: Tensor,
+    unfinished: Tensor,
+    alive: Tensor,
+    pad: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> None:
+    """Write the tokens that were chosen, and note which rows they end.
+
+    Args:
+        chosen: `[B]` int64.
+        token: `[B, 1]` int64. Written: `chosen`, or `pad` in rows that were finished.
+        ids: `[B, W]` int64. Written at `column`.
+        column: `[1]` int64. Grows by one.
+        unfinished: `[B]` bool. False from now on in rows whose token is an end.
+        alive: `[]` bool. Written: whether any row is unfinished.
+        pad: `[]` or `[1]` int64. None: finished rows go on.
+        ends: `[1, E]` or `[E]` int64. None: no token ends a row.
+    """
+    token.copy_((chosen if pad is None else torch.where(unfinished, chosen, pad))[:, None])
+    ids.index_copy_(1, column, token)
+    column += 1
+    if ends is not None:
+        unfinished &= (token != ends).all(-1)
+    alive.copy_(unfinished.any())
+
+
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:
     """Compute the triangular wave of CyclicReflex at `step`.
 

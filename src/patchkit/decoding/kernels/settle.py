@@ -1,0 +1,119 @@
+"""Triton kernel that writes chosen tokens and finds which rows have ended; see `reference.settle`.
+
+A dozen operations on a few numbers, each a launch in eager PyTorch, in one program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from patchkit.dependent_launch import launch_options, wait_for_previous
+
+__all__ = ["settle"]
+
+
+@triton.jit
+def _settle_kernel(
+    chosen_ptr,
+    token_ptr,
+    ids_ptr,
+    column_ptr,
+    unfinished_ptr,
+    alive_ptr,
+    pad_ptr,
+    ends_ptr,
+    stride_ids,
+    num_rows,
+    num_ends,
+    HAS_PAD: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    wait_for_previous(EARLY)
+    column = tl.load(column_ptr)
+    alive = 0
+    for first in range(0, num_rows, BLOCK_B):
+        row = first + tl.arange(0, BLOCK_B)
+        mask = row < num_rows
+        unfinished = tl.load(unfinished_ptr + row, mask=mask, other=0).to(tl.int32)
+        token = tl.load(chosen_ptr + row, mask=mask, other=0)
+        if HAS_PAD:
+            token = tl.where(unfinished != 0, token, tl.load(pad_ptr))
+        tl.store(token_ptr + row, token, mask=mask)
+        tl.store(ids_ptr + row.to(tl.int64) * stride_ids + column, token, mask=mask)
+        for start in range(0, num_ends, BLOCK_E):
+            offs = start + tl.arange(0, BLOCK_E)
+            mask_e = (offs < num_ends)[None, :]
+            end = tl.load(ends_ptr + offs, mask=offs < num_ends, other=0)
+            ended = tl.max((mask_e & (token[:, None] == end[None, :])).to(tl.int32), axis=1)
+            unfinished = unfinished & (1 - ended)
+        tl.store(unfinished_ptr + row, unfinished.to(tl.int8), mask=mask)
+        alive = tl.maximum(alive, tl.max(unfinished, axis=0))
+    tl.debug_barrier()  # every warp has loaded the column
+    tl.store(column_ptr, column + 1)
+    tl.store(alive_ptr, alive.to(tl.int8))
+
+
+def settle(
+    chosen: Tensor,
+    token: Tensor,
+    ids: Tensor,
+    column: Tensor,
+    unfinished: Tensor,
+    alive: Tensor,
+    pad: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> None:
+    """Write the tokens that were chosen, and note which rows they end.
+
+    Args:
+        chosen: `[B]` int64.
+        token: `[B, 1]` int64, contiguous. Written: `chosen`, or `pad` in rows that were finished.
+        ids: `[B, W]` int64, last stride 1. Written at `column`, which is not checked.
+        column: `[1]` int64. Grows by one.
+        unfinished: `[B]` bool, contiguous. False from now on in rows whose token is an end.
+        alive: `[]` bool. Written: whether any row is unfinished.
+        pad: `[]` or `[1]` int64. None: finished rows go on.
+        ends: `[1, E]` or `[E]` int64, contiguous. None: no token ends a row.
+
+    Raises:
+        ValueError: Shapes or dtypes are others.
+    """
+    batch_size = chosen.shape[0]
+    bools, integers = (unfinished, alive), (chosen, token, ids, column)
+    if (
+        token.shape != (batch_size, 1)
+        or ids.shape[:1] != (batch_size,)
+        or unfinished.shape != (batch_size,)
+        or any(t.dtype != torch.bool for t in bools)
+        or any(t.dtype != torch.int64 for t in (*integers, *(x for x in (pad, ends) if x is not None)))
+        or ids.stride(1) != 1
+    ):
+        raise ValueError(
+            f"expected int64 chosen [B], token [B, 1], ids [B, W] and bool unfinished [B], got "
+            f"{[(t.dtype, list(t.shape)) for t in (*integers, *bools)]}"
+        )
+    num_ends = 0 if ends is None else ends.numel()
+    with torch.cuda.device_of(chosen):
+        _settle_kernel[(1,)](
+            chosen,
+            token,
+            ids,
+            column,
+            unfinished.view(torch.int8),
+            alive.view(torch.int8),
+            column if pad is None else pad,
+            column if ends is None else ends,
+            ids.stride(0),
+            batch_size,
+            num_ends,
+            HAS_PAD=pad is not None,
+            **launch_options(chosen.device),
+            BLOCK_B=min(triton.next_power_of_2(max(batch_size, 1)), 128),
+            BLOCK_E=min(triton.next_power_of_2(max(num_ends, 1)), 16),
+            num_warps=1,
+        )

@@ -1,0 +1,119 @@
+"""`argmax` and `settle`: kernels and references against torch and plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from patchkit.decoding import reference
+from patchkit.decoding.kernels.argmax import argmax
+from patchkit.decoding.kernels.settle import settle
+
+from .test_fused import DEVICE, by_dtype, random
+
+BOTH = pytest.mark.parametrize("op", ["kernel", "reference"])
+
+
+@BOTH
+@by_dtype
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 97), (2, 2048), (1, 5000), (1, 128256)])
+def test_argmax(rows, size, dtype, op):
+    scores = random(rows, size, dtype=dtype)
+    got = (argmax if op == "kernel" else reference.argmax)(scores)
+    assert got.dtype == torch.int64
+    for row, place in zip(scores.tolist(), got.tolist(), strict=True):
+        assert place == row.index(max(row))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("places", "want"),
+    [
+        ({}, 0),  # all are equal
+        ({7: 1.0, 4100: 1.0}, 7),  # the first of several, in whatever block
+        ({2047: 3.0, 2048: 3.5}, 2048),
+        ({4: torch.inf, 9: torch.inf}, 4),
+        ({3000: torch.nan, 5: torch.inf, 4999: torch.nan}, 3000),
+        ({12: -torch.nan, 5: torch.inf}, 12),
+        (dict.fromkeys(range(5000), -torch.inf), 0),
+        (dict.fromkeys(range(5000), -torch.inf) | {4999: -3e38}, 4999),
+        (dict.fromkeys(range(5000), -1.0) | {6: -0.0, 8: 0.0, 4990: -1e-45}, 6),
+    ],
+)
+def test_argmax_of_a_row_with_ties_and_no_numbers(places, want, op):
+    scores = torch.zeros(2, 5000, device=DEVICE)
+    for place, value in places.items():
+        scores[1, place] = value
+    got = (argmax if op == "kernel" else reference.argmax)(scores)
+    assert got.tolist() == [0, want]
+
+
+def test_argmax_reads_rows_of_any_spacing():
+    scores = random(300, 2, 6)[:, 1].T
+    assert torch.equal(argmax(scores), scores.argmax(-1))
+    assert argmax(scores[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.ones(5), torch.ones(2, 0), torch.ones(2, 3, dtype=torch.float64)]
+)
+def test_argmax_refuses(scores):
+    with pytest.raises(ValueError, match="^scores: expected"):
+        argmax(scores.to(DEVICE))
+
+
+def state(rows, ends, pad, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high, *shape: torch.randint(high, shape, generator=generator)  # noqa: E731
+    wide = torch.full((rows, 9), -1)
+    tensors = {
+        "chosen": draw(6, rows), "token": torch.full((rows, 1), -1), "ids": wide[:, 1:8],
+        "column": torch.tensor([3]), "unfinished": draw(2, rows).bool(),
+        "alive": torch.tensor(True),
+        "pad": torch.tensor(77) if pad else None,
+        "ends": torch.tensor([ends]) if ends else None,
+    }  # fmt: skip
+    return {name: None if t is None else t.to(DEVICE) for name, t in tensors.items()}
+
+
+@BOTH
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("ends", [[], [4], [0, 5, 2], list(range(1, 40))])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_settle(rows, ends, pad, op):
+    got = state(rows, ends, pad)
+    before = {k: None if v is None else v.clone() for k, v in got.items()}
+    (settle if op == "kernel" else reference.settle)(**got)
+    ids = before["ids"].clone()
+    for row in range(rows):
+        unfinished = before["unfinished"][row].item()
+        token = before["chosen"][row].item() if unfinished or not pad else 77
+        ids[row, 3] = token
+        assert got["token"][row].item() == token
+        assert got["unfinished"][row].item() == (unfinished and token not in ends)
+    assert torch.equal(got["ids"], ids)
+    assert got["column"].item() == 4
+    assert got["alive"].item() == got["unfinished"].any().item()
+
+
+def test_settle_of_finished_rows_says_that_nobody_is_alive():
+    got = state(5, [1], True)
+    got["unfinished"].fill_(False)
+    settle(**got)
+    assert not got["alive"] and got["token"].tolist() == [[77]] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chosen", torch.zeros(3, dtype=torch.int32)),
+        ("token", torch.zeros(3, dtype=torch.int64)),
+        ("ids", torch.zeros(2, 9, dtype=torch.int64)),
+        ("ids", torch.zeros(9, 3, dtype=torch.int64).T),
+        ("unfinished", torch.zeros(3, dtype=torch.int8)),
+        ("pad", torch.zeros((), dtype=torch.int32)),
+    ],
+)
+def test_settle_refuses(name, value):
+    with pytest.raises(ValueError, match="expected int64 chosen"):
+        settle(**state(3, [1], True) | {name: value.to(DEVICE)})
