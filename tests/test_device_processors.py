@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget
+from patchkit.backends import Backend
 from patchkit.device_processors import on_device
 from patchkit.testing import left_padded_batch
-from patchkit.backends import Backend
 from patchkit.token_choice import TokenChoice
 
 from .decoding.helpers import call

@@ -65,9 +65,7 @@ class TokenChoice:
 
     scores: Tensor
 
-    def __init__(
-        self, batch_size: int, width: int, device: torch.device, backend: Backend
-    ) -> None:
+    def __init__(self, batch_size: int, width: int, device: torch.device, backend: Backend) -> None:
         self._backend = backend
         ids, flags = ({"dtype": kind, "device": device} for kind in (torch.int64, torch.bool))
         with torch.inference_mode(False):  # what is kept must serve any later mode

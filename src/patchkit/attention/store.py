@@ -230,10 +230,10 @@ class KVStore(Cache):
         spares = [spare for layer in self.store_layers if (spare := layer.restart())]
         if not spares:
             return
-        # One launch for all layers: a loop would cost more than feeding a short prompt. Slots are
-        # emptied too: a NaN in a masked one would outlive its weight of 0.
-        emptied = ("keys", "values", "length", "seen")
-        torch._foreach_zero_([spare[name] for spare in spares for name in emptied])
+        # One launch for all layers and tensors of a dtype: a loop would cost more than feeding a
+        # short prompt. Slots are emptied too: a NaN in a masked one would outlive its weight of 0.
+        for emptied in (("keys", "values"), ("length", "seen")):
+            torch._foreach_zero_([spare[name] for spare in spares for name in emptied])
         positions = [spare["position"] for spare in spares]
         torch._foreach_zero_(positions)
         torch._foreach_sub_(positions, 1)

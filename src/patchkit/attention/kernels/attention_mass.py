@@ -23,6 +23,7 @@ from patchkit.attention.kernels.attention_lse import (
 )
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["attention_mass"]
 
@@ -91,9 +92,10 @@ def _attention_mass_kernel(
     num_lists, num_kv_heads, q_len, scale, decay, num_new, sliding_window, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, HEADS: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, TILE_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(EARLY)
     pid = tl.program_id(0) % num_lists
     start = tl.program_id(0) // num_lists * BLOCK_N
     b = (pid // num_kv_heads).to(tl.int64)
@@ -211,9 +213,11 @@ def _window_mass_kernel(
     num_kv_heads, groups, q_len, scale, decay, num_new, sliding_window, softcap,
     D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program: all query rows of one KV head, every num_splits-th tile of its slots.
+    wait_for_previous(EARLY)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -396,6 +400,7 @@ def attention_mass(
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "BLOCK_D": block_d,
+        **launch_options(query.device),
     }
     numbers = (float(scale), float(decay), num_new, sliding_window or 0, float(softcap or 1.0))
     window = _window_blocks(groups * q_len, q_len, block_d, query.element_size(), shared)

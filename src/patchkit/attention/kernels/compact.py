@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import first_slot, starts
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["compact"]
 
@@ -63,6 +64,7 @@ def _compact_kernel(
     num_heads,
     width,
     out_capacity,
+    EARLY: tl.constexpr,
     D: tl.constexpr,
     D_V: tl.constexpr,
     HAS_SCORE: tl.constexpr,
@@ -71,6 +73,7 @@ def _compact_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     b = (tl.program_id(0) // num_heads).to(tl.int64)
     h = (tl.program_id(0) % num_heads).to(tl.int64)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -212,6 +215,7 @@ def compact(
             num_heads,
             width,
             out_capacity,
+            **launch_options(keys.device),
             D=head_dim,
             D_V=value_dim,
             HAS_SCORE=score is not None,

@@ -323,7 +323,7 @@ def decode_attention(
             partial, stats, stats if sinks is None else sinks, out, stats if lse is None else lse,
             0 if sinks is None else sinks.stride(0), num_kv_heads, num_splits,
             Q=q_len, ROWS=rows, D_V=value_dim, HAS_SINKS=sinks is not None,
-            HAS_LSE=lse is not None, **early, BLOCK_S=max(2, min(triton.next_power_of_2(num_splits), 32)),
-            BLOCK_DV=block_dv, num_warps=4,
+            HAS_LSE=lse is not None, BLOCK_DV=block_dv, num_warps=4, **early,
+            BLOCK_S=max(2, min(triton.next_power_of_2(num_splits), 32)),
         )  # fmt: skip
     return out

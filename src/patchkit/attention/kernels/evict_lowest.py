@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import first_slot, starts
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["evict_lowest"]
 
@@ -52,6 +53,7 @@ def _evict_lowest_kernel(
     stride_ss,
     num_heads,
     num_protected,
+    EARLY: tl.constexpr,
     D: tl.constexpr,
     D_V: tl.constexpr,
     HAS_SCORE: tl.constexpr,
@@ -60,6 +62,7 @@ def _evict_lowest_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     b = (tl.program_id(0) // num_heads).to(tl.int64)
     h = (tl.program_id(0) % num_heads).to(tl.int64)
     length_ptr += b * stride_lb + h * stride_lh
@@ -207,6 +210,7 @@ def evict_lowest(
             *ranking.stride(),
             num_heads,
             num_protected,
+            **launch_options(keys.device),
             D=head_dim,
             D_V=value_dim,
             HAS_SCORE=score is not None,

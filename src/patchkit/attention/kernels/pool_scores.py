@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["pool_scores"]
 
@@ -23,9 +24,11 @@ def _pool_scores_kernel(
     score_ptr, length_ptr, count_ptr, out_ptr,
     stride_cb, stride_ch, stride_cs, stride_lb, stride_lh, stride_nb,
     stride_ob, stride_oh, stride_os, lists_per_row, scale,
-    HAS_COUNT: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, HAS_COUNT: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program: a block of slots of HEADS heads that share their scores.
+    wait_for_previous(EARLY)
     b = (tl.program_id(0) // lists_per_row).to(tl.int64)
     h = (tl.program_id(0) % lists_per_row).to(tl.int64) * HEADS
     start = tl.program_id(1) * BLOCK
@@ -98,5 +101,6 @@ def pool_scores(
             score, length, length if count is None else count, out,
             *score.stride(), *length.stride(), 0 if count is None else count.stride(0),
             *out.stride(), lists_per_row, float(scale),
-            HAS_COUNT=count is not None, HEADS=together, WIDTH=width, BLOCK=_BLOCK, num_warps=4,
+            **launch_options(score.device), HAS_COUNT=count is not None, HEADS=together,
+            WIDTH=width, BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip

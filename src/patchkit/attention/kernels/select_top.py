@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["select_top"]
 
@@ -133,6 +134,7 @@ def _select_top_kernel(
     num_sinks,
     capacity,
     width,
+    EARLY: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     MEAN: tl.constexpr,
     FROM_SLOTS: tl.constexpr,
@@ -140,6 +142,7 @@ def _select_top_kernel(
 ):
     # FROM_SLOTS: search the slots of a list, at most BLOCK_S, and write `keep`. Otherwise search
     # its candidates, put in the place of each how many before it are kept, and write the threshold.
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     b, h = row // num_heads, row % num_heads
     offs = tl.arange(0, BLOCK_S)
@@ -247,11 +250,13 @@ def _survey_kernel(
     num_sinks,
     capacity,
     num_chunks,
+    EARLY: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     MEAN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     # Write the keys of a chunk and how many fall into each bin.
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     b, h = row // num_heads, row % num_heads
@@ -305,9 +310,11 @@ def _gather_kernel(
     plan_ptr,
     capacity,
     num_chunks,
+    EARLY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     # Copy the keys of a chunk that lie in the bin of the threshold behind those of earlier chunks.
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     plan_ptr += row * _PLAN
@@ -356,9 +363,11 @@ def _write_kernel(
     capacity,
     width,
     num_chunks,
+    EARLY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     # Write the kept slots of a chunk, and a chunk of the entries behind the count.
+    wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     plan_ptr += row * _PLAN
@@ -438,7 +447,8 @@ def select_top(
     ranking = position if score is None else score
     held = (ranking, position, length, count, seen, recent)
     strides = [stride for tensor in held for stride in tensor.stride()]
-    options = {"HAS_SCORE": score is not None, "MEAN": mean and score is not None}
+    early = launch_options(position.device)
+    options = {"HAS_SCORE": score is not None, "MEAN": mean and score is not None, **early}
 
     with torch.cuda.device_of(position):
         if capacity <= _MAX_SINGLE:
@@ -462,7 +472,7 @@ def select_top(
         )  # fmt: skip
         _gather_kernel[grid](
             keys, histogram, candidates, before, plan, capacity, num_chunks, CHUNK=_CHUNK,
-            num_warps=8,
+            num_warps=8, **early,
         )  # fmt: skip
         _select_top_kernel[(num_lists,)](
             *held, keep, candidates, plan, *strides, num_heads, num_sinks, capacity, width,
@@ -470,6 +480,6 @@ def select_top(
         )  # fmt: skip
         _write_kernel[grid](
             keys, candidates, before, plan, keep, capacity, width, num_chunks, CHUNK=_CHUNK,
-            num_warps=8,
+            num_warps=8, **early,
         )  # fmt: skip
     return keep

@@ -18,6 +18,7 @@ from patchkit.attention.kernels.attention_lse import first_masked_tile, splits
 from patchkit.attention.kernels.attention_mass import window_logits, window_queries
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2
 from patchkit.attention.reference import check_arguments
+from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["window_statistics"]
 
@@ -48,11 +49,12 @@ def _window_statistics_kernel(
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
     stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs, stride_ab,
     num_kv_heads, groups, q_len, first_head, scale, gamma, sliding_window, softcap,
-    D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EARLY: tl.constexpr, D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program: HEADS query heads of one KV head, every num_splits-th tile of its slots.
+    wait_for_previous(EARLY)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -228,6 +230,6 @@ def window_statistics(
                 D=head_dim, HAS_WINDOW=sliding_window is not None,
                 HAS_SOFTCAP=softcap is not None, UPCAST=INTERPRETED and dtype == torch.bfloat16,
                 PRECISION="ieee" if dtype == torch.float32 else "tf32",
-                BLOCK_D=block_d, **blocks,
+                BLOCK_D=block_d, **launch_options(query.device), **blocks,
             )  # fmt: skip
     return partial.sum((0, 3))

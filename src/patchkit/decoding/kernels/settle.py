@@ -90,7 +90,9 @@ def settle(
         or ids.shape[:1] != (batch_size,)
         or unfinished.shape != (batch_size,)
         or any(t.dtype != torch.bool for t in bools)
-        or any(t.dtype != torch.int64 for t in (*integers, *(x for x in (pad, ends) if x is not None)))
+        or any(
+            t.dtype != torch.int64 for t in (*integers, *(x for x in (pad, ends) if x is not None))
+        )
         or ids.stride(1) != 1
     ):
         raise ValueError(
