@@ -145,12 +145,12 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 def decoding(dtype: torch.dtype) -> None:
     from patchkit.decoding.kernels.argmax import argmax
     from patchkit.decoding.kernels.gated_activation import gated_activation
-    from patchkit.decoding.kernels.gated_matvec import gated_matvec
     from patchkit.decoding.kernels.logit_wave import logit_wave
-    from patchkit.decoding.kernels.matvec import matvec
     from patchkit.decoding.kernels.rms_norm import rms_norm
     from patchkit.decoding.kernels.rotary import rotary
     from patchkit.decoding.kernels.settle import settle
+    from patchkit.decoding.kernels.skinny_gated_linear import skinny_gated_linear
+    from patchkit.decoding.kernels.skinny_linear import skinny_linear
 
     for rows, dim in ((1, 576), (3000, 4096)):
         x = torch.zeros(rows, dim, dtype=torch.bfloat16)
@@ -158,11 +158,15 @@ def decoding(dtype: torch.dtype) -> None:
         rms_norm(x, x[0], eps=1e-6, offset=1.0)
         bias, out = x[:, 0].contiguous(), x[:, 0].contiguous()
         for count in (1, 2, 3):
-            matvec(x[0], [x] * count, [out] * count)
-        matvec(x[0], [x], [out], [bias], out, out)
+            skinny_linear(x[0], [x] * count, [out] * count)
+        skinny_linear(x[0], [x], [out], [bias], out, out)
+        few, outs = x[:1].expand(5, -1).contiguous(), out.expand(5, -1).contiguous()
+        skinny_linear(few, [x] * 3, [outs] * 3)
+        skinny_linear(few, [x], [outs], [bias], outs, outs)
         for activation in ("silu", "gelu_tanh"):
             gated_activation(x, x, activation=activation)
-            gated_matvec(x[0], x, x, activation=activation)
+            skinny_gated_linear(x[0], x, x, activation=activation)
+            skinny_gated_linear(few, x, x, activation=activation)
     for tokens, width, options in (
         (1, 128, {}),
         (2000, 128, {}),

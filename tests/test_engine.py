@@ -637,9 +637,9 @@ def test_one_row_streams_its_weights():
     with patchkit.patched(model, backend="triton"):
         got = model.generate(**batch_of((9,)), max_new_tokens=6, do_sample=False, pad_token_id=0)
         calls = patchkit.report(model).calls
-        several = calls["matvec"]["triton"]
+        several = calls["skinny_linear"]["triton"]
         model.generate(**batch_of(), max_new_tokens=6, do_sample=False, pad_token_id=0)
-        assert patchkit.report(model).calls["matvec"]["triton"] == several
+        assert patchkit.report(model).calls["skinny_linear"]["triton"] == several
     # Per step and layer queries to values, output and down-projection, then the head.
     assert several == 5 * (3 * model.config.num_hidden_layers + 1)
     plain = model.generate(**batch_of((9,)), max_new_tokens=6, do_sample=False, pad_token_id=0)

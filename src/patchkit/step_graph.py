@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
 from patchkit.backends import Backend
+from patchkit.decoding.reference import MOST_SKINNY_ROWS
 from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
 from patchkit.token_choice import TokenChoice
 
@@ -237,7 +238,7 @@ class StepGraph:
     ) -> None:
         self.store, self.choice = store, choice
         self._model, self._pool, self._backend = model, pool, backend
-        self._single = choice.token.shape[0] == 1
+        self._few = choice.token.shape[0] <= MOST_SKINNY_ROWS
         self._inputs: dict[str, Any] = {}
         self._position: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -288,7 +289,7 @@ class StepGraph:
 
     def _forward(self) -> None:
         with contextlib.ExitStack() as stack:
-            if self._single:
+            if self._few:
                 together = looks_through_torch(self._model)
                 stack.enter_context(StreamedLinears(self._backend, together))
             outputs = self._model(**self._inputs, return_dict=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from patchkit.decoding import reference
 from patchkit.decoding.eligibility import is_plain, kernels_serve, untouched
+from patchkit.decoding.reference import is_skinny
 from patchkit.families import Family
 from patchkit.journal import Journal
 
@@ -115,10 +116,10 @@ def gated_mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, *args, **kwargs)
     (x,) = args
     plain = all(_plain_linear(part) for part in (self.gate_proj, self.up_proj, self.down_proj))
-    if plain and x.numel() == x.shape[-1] and _alike(x, self.gate_proj, self.up_proj):
+    if plain and is_skinny(x) and _alike(x, self.gate_proj, self.up_proj):
         product = fused.backend.run(
             "decoding",
-            "gated_matvec",
+            "skinny_gated_linear",
             x.device,
             x,
             self.gate_proj.weight,

@@ -16,6 +16,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """What `gated_activation` applies to the gate, by name."""
 
+MOST_SKINNY_ROWS = 16
+"""As many rows do not change what a linear map costs: reading its weight."""
+
 
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, round_first: bool = False
@@ -150,7 +153,18 @@ def rotary(
     return rotate(q), rotate(k)
 
 
-def matvec(
+def is_skinny(x: Tensor) -> bool:
+    """Say whether `x [..., K]` is rows that a kernel maps which only streams the weight.
+
+    That is one row, or up to 16 of a dtype that tensor cores multiply exactly.
+    """
+    rows = x.shape[:-1].numel() if x.ndim else 0
+    return rows == 1 or (
+        1 < rows <= MOST_SKINNY_ROWS and x.dtype in (torch.float16, torch.bfloat16)
+    )
+
+
+def skinny_linear(
     x: Tensor,
     weights: Sequence[Tensor],
     outs: Sequence[Tensor],
@@ -158,12 +172,12 @@ def matvec(
     residual: Tensor | None = None,
     total: Tensor | None = None,
 ) -> None:
-    """Map one vector as `torch.nn.functional.linear` does, by several weights at once.
+    """Map a few rows as `torch.nn.functional.linear` does, by several weights at once.
 
     Sums are in float32 or wider. A single result, rounded, can be added to a residual.
 
     Args:
-        x: `[..., K]`, one vector, any float dtype.
+        x: `[..., K]`, any float dtype.
         weights: One to three, each `[N, K]` with an N of its own, as `x`.
         outs: For each weight `[..., N]`, as `x`. Written.
         biases: For each weight `[N]`, as `x`. None: no biases.
@@ -176,7 +190,7 @@ def matvec(
         torch.add(residual, outs[0], out=total)
 
 
-def gated_matvec(
+def skinny_gated_linear(
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -185,10 +199,10 @@ def gated_matvec(
     *,
     activation: str,
 ) -> Tensor:
-    """Map one vector by gate and up-projection of an MLP; activate and multiply.
+    """Map a few rows by gate and up-projection of an MLP; activate and multiply.
 
     Args:
-        x: `[..., K]`, one vector, any float dtype.
+        x: `[..., K]`, any float dtype.
         gate: `[N, K]`, as `x`.
         up: As `gate`.
         gate_bias: `[N]`, as `x`, or None.
@@ -196,7 +210,7 @@ def gated_matvec(
         activation: `"silu"` or `"gelu_tanh"`.
 
     Returns:
-        `[..., N]`, in the dtype of `x`: `gated_activation` of what two `matvec` give.
+        `[..., N]`, in the dtype of `x`: `gated_activation` of what two `skinny_linear` give.
     """
     gates, ups = _linear(x, gate, gate_bias), _linear(x, up, up_bias)
     return gated_activation(gates, ups, activation=activation)

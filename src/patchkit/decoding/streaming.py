@@ -1,17 +1,18 @@
-"""Linear maps of a single vector: a decoding step at batch 1 reads every weight once.
+"""Linear maps of a few rows: a decoding step at a small batch reads every weight once.
 
 cuBLAS is made for matrices; a kernel that only has to stream a weight does so at the rate of a
 copy. A step does not care which module or adapter asks, so no module is edited: while a step runs,
 calls of `torch.nn.functional.linear` are answered.
 
 Where all modules look at tensors through torch alone, a map is launched only when somebody looks at
-its result. So maps of one vector that follow each other, as those of queries, keys and values do,
-are one launch, and adding a residual is part of it.
+its result. So maps of the same rows that follow each other, as those of queries, keys and values
+do, are one launch, and adding a residual is part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from patchkit.decoding.eligibility import global_hooks, is_plain, kernels_serve
+from patchkit.decoding.reference import is_skinny
 
 if TYPE_CHECKING:
     from patchkit.backends import Backend
@@ -51,7 +53,7 @@ def looks_through_torch(model: nn.Module) -> bool:
 
 
 class StreamedLinears(TorchFunctionMode):
-    """Inside, `linear` maps a single vector by `matvec` where a kernel serves.
+    """Inside, `linear` maps a few rows by `skinny_linear` where a kernel serves.
 
     Args:
         backend: Runs the kernel.
@@ -96,11 +98,10 @@ class StreamedLinears(TorchFunctionMode):
     def _serves(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         given = (x, weight) if bias is None else (x, weight, bias)
         return (
-            x.ndim > 0
-            and x.numel() == x.shape[-1] > 0
+            is_skinny(x)
             and all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in given)
             and weight.ndim == 2
-            and weight.shape[1] == x.shape[-1]
+            and weight.shape[1] == x.shape[-1] > 0
             and weight.stride(1) == 1
             and (bias is None or bias.shape == weight.shape[:1])
             and kernels_serve(self._backend, x)
@@ -137,5 +138,6 @@ class StreamedLinears(TorchFunctionMode):
         weights, biases, results = zip(*asked, strict=True)
         given = None if biases[0] is None else biases
         device = self._x.device
-        self._backend.run("decoding", "matvec", device, self._x, weights, results, given, **options)
+        run = partial(self._backend.run, "decoding", "skinny_linear", device)
+        run(self._x, weights, results, given, **options)
         self._x = None

@@ -197,7 +197,7 @@ def append(
             HAS_VALID=valid is not None,
             HAS_LIST_START=list_start is not None,
             UPDATE=single,
-            **launch_options(keys.device),
+            **launch_options(keys.device, batch_size * num_tokens),
             BLOCK_T=block_t,
             BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),
             BLOCK_SCAN=1024,

@@ -300,7 +300,7 @@ def decode_attention(
     num_splits = max(1, min(num_tiles, triton.cdiv(_TARGET_PROGRAMS, num_lists)))
     partial = query.new_empty((num_lists, num_splits, rows, value_dim), dtype=torch.float32)
     stats = query.new_empty((num_lists, num_splits, rows, 2), dtype=torch.float32)
-    early = launch_options(query.device)
+    early = launch_options(query.device, batch_size * q_len)
     with torch.cuda.device_of(query):
         _decode_attention_kernel[(num_lists, num_splits)](
             query, keys, values, position, length, seen,

@@ -210,7 +210,7 @@ def evict_lowest(
             *ranking.stride(),
             num_heads,
             num_protected,
-            **launch_options(keys.device),
+            **launch_options(keys.device, batch_size),
             D=head_dim,
             D_V=value_dim,
             HAS_SCORE=score is not None,

@@ -76,7 +76,7 @@ def argmax(scores: Tensor) -> Tensor:
         return out
     num_blocks = triton.cdiv(num_scores, _BLOCK)
     keys = torch.empty(batch_size, num_blocks, dtype=torch.int64, device=scores.device)
-    early = launch_options(scores.device)
+    early = launch_options(scores.device, batch_size)
     with torch.cuda.device_of(scores):
         _argmax_kernel[(batch_size, num_blocks)](
             scores, keys, *scores.stride(), num_scores, **early, BLOCK=_BLOCK, num_warps=8

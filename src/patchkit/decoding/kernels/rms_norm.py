@@ -81,7 +81,7 @@ def rms_norm(
             float(offset),
             D=dim,
             ROUND_FIRST=round_first,
-            **launch_options(x.device),
+            **launch_options(x.device, rows.shape[0]),
             BLOCK_D=block_d,
             num_warps=min(max(block_d // 512, 1), 16),
         )

@@ -210,7 +210,7 @@ def rotary(
             INTERLEAVED=interleaved,
             FULL=table == "full",
             WIDE=wide or cos.dtype != q.dtype,
-            **launch_options(q.device),
+            **launch_options(q.device, rows),
             BLOCK_H=block_h,
             BLOCK_P=block_p,
             BLOCK_REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)),

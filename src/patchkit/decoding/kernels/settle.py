@@ -114,7 +114,7 @@ def settle(
             batch_size,
             num_ends,
             HAS_PAD=pad is not None,
-            **launch_options(chosen.device),
+            **launch_options(chosen.device, batch_size),
             BLOCK_B=min(triton.next_power_of_2(max(batch_size, 1)), 128),
             BLOCK_E=min(triton.next_power_of_2(max(num_ends, 1)), 16),
             num_warps=1,
