@@ -48,7 +48,7 @@ def _can_depend(device: torch.device) -> bool:
 
 
 @triton.jit
-def wait_for_previous(EARLY: tl.constexpr):
+def wait_for_previous(EARLY: tl.constexpr) -> None:
     if EARLY:
         gdc_launch_dependents()  # which wait in turn
         gdc_wait()

@@ -35,7 +35,7 @@ def _settle_kernel(
 ):
     wait_for_previous(EARLY)
     column = tl.load(column_ptr)
-    alive = 0
+    alive = tl.full((), 0, tl.int32)
     for first in range(0, num_rows, BLOCK_B):
         row = first + tl.arange(0, BLOCK_B)
         mask = row < num_rows
