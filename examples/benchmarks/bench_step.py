@@ -66,23 +66,21 @@ def kernels(graph: torch.cuda.CUDAGraph) -> list[list[tuple[str, float]]]:
 
 
 def layer_bytes(model: PreTrainedModel, batch_size: int, length: int) -> list[tuple[str, str, int]]:
-    """Name the kernels of a layer in order: a part of the kernel's name, what it does, its bytes."""
+    """Say of the kernels of a layer, in order: part of the name, what it does, its bytes."""
     layer = model.model.layers[0]
     attention, mlp, width = layer.self_attn, layer.mlp, model.config.hidden_size
-    held = 2 * batch_size * length * attention.k_proj.weight.shape[0] * 2
+    queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
+    new = 2 * batch_size * keys * 2  # of keys and values of a token
     weights = {name: module.weight.nbytes for name, module in layer.named_modules()
                if isinstance(module, torch.nn.Linear)}  # fmt: skip
     qkv = sum(weights[f"self_attn.{name}_proj"] for name in "qkv")
-    rotated = (
-        4 * batch_size * (attention.q_proj.weight.shape[0] + held // length // batch_size // 4)
-    )
     rows = batch_size * width * 2
     return [
         ("rms_norm", "norm before attention", 2 * rows),
         ("skinny_linear", "queries, keys, values", qkv),
-        ("rotary", "rotary embedding", rotated),
-        ("append", "append to the store", 2 * held // length),
-        ("decode_attention", "attention", held),
+        ("rotary", "rotary embedding", 4 * batch_size * (queries + keys)),
+        ("append", "append to the store", 2 * new),
+        ("decode_attention", "attention", length * new),
         ("merge", "merge of splits", 0),
         ("skinny_linear", "output, residual", weights["self_attn.o_proj"]),
         ("rms_norm", "norm before MLP", 2 * rows),
