@@ -9,12 +9,15 @@ of its own, without TRITON_INTERPRET. Prints one line per kernel.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
+
+from patchkit import dependent_launch
 
 MAX_SHARED = 227 * 1024
 
@@ -51,9 +54,18 @@ def compile_only(self, grid):
         metadata = kernel.metadata
         assert kernel.asm["cubin"], metadata.name
         assert metadata.shared <= MAX_SHARED, (metadata.name, metadata.shared)
+        if metadata.launch_pdl:
+            check_waits(metadata.name, kernel.asm["ptx"])
         compiled[metadata.name, metadata.hash] = metadata.shared
 
     return launch
+
+
+def check_waits(name: str, ptx: str) -> None:
+    """Assert that a kernel that is launched early touches no memory before it has waited."""
+    wait = ptx.index("griddepcontrol.wait")
+    touched = re.search(r"ld\.global|st\.global|ld\.volatile|cp\.async|atom\.|red\.|ret;", ptx)
+    assert touched is None or wait < touched.start(), name
 
 
 def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
@@ -196,6 +208,7 @@ def decoding(dtype: torch.dtype) -> None:
 def main() -> None:
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     triton.runtime.driver.set_active(AbsentGpu(capability))
+    dependent_launch._can_depend = lambda device: capability >= 90
     KernelInterface.__getitem__ = compile_only
     decoding(torch.float32)
     attention(torch.bfloat16, head_dim=128, groups=4)

@@ -632,6 +632,17 @@ def test_nan_logits_raise_as_they_do_without_patchkit():
     assert model.generate(**batch_of(), max_new_tokens=5, do_sample=True).shape[1] > 9
 
 
+def test_end_tokens_of_any_integer_dtype():
+    model = build()
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": torch.tensor(0)}
+    answers = []
+    for dtype in (torch.int64, torch.int32):
+        ends = torch.tensor(range(5, 60), dtype=dtype, device=DEVICE)
+        with patchkit.patched(model, backend="triton"):
+            answers.append(model.generate(**batch_of(), eos_token_id=ends, **options))
+    assert torch.equal(*answers) and answers[0].shape[1] < 9 + 20
+
+
 def test_one_row_streams_its_weights():
     model = build()
     with patchkit.patched(model, backend="triton"):

@@ -33,7 +33,8 @@ def launch_options(device: torch.device, rows: int = 1) -> dict[str, bool]:
     Args:
         device: Of the tensors. As elsewhere, no GPU stands for the Hopper GPU that tests compile
             kernels for.
-        rows: Tokens that the kernel works on.
+        rows: Of the step. Kernels that follow each other, as those do that score and select the
+            tokens of a prompt, leave it out.
     """
     if rows <= MOST_SKINNY_ROWS and _can_depend(device):
         return {"EARLY": True, "launch_pdl": True}

@@ -119,7 +119,7 @@ class TokenChoice:
 
     def _place(self, held: Tensor | None, value: Tensor | None) -> Tensor | None:
         if value is None or held is None or held.shape != value.shape:
-            return None if value is None else value.to(self.ids.device, copy=True)
+            return None if value is None else value.to(self.ids.device, torch.int64, copy=True)
         return held.copy_(value)
 
     def _translate(

@@ -112,8 +112,12 @@ def test_settle_of_finished_rows_says_that_nobody_is_alive():
         ("ids", torch.zeros(9, 3, dtype=torch.int64).T),
         ("unfinished", torch.zeros(3, dtype=torch.int8)),
         ("pad", torch.zeros((), dtype=torch.int32)),
+        ("chosen", torch.zeros(3, 2, dtype=torch.int64)[:, 0]),
+        ("token", torch.zeros(3, 2, dtype=torch.int64)[:, :1]),
+        ("ends", torch.zeros(2, 2, dtype=torch.int64)[:, 0]),
+        ("column", torch.zeros(2, dtype=torch.int64)),
     ],
 )
 def test_settle_refuses(name, value):
-    with pytest.raises(ValueError, match="expected int64 chosen"):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
         settle(**state(3, [1], True) | {name: value.to(DEVICE)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,8 @@ ONE = torch.ones
         ("bias", (ONE(8), [ONE(4, 8)], [ONE(4)], [ONE(5)])),
         ("1 to 3", (ONE(8), [ONE(4, 8)] * 4, [ONE(4)] * 4)),
         ("1 to 3", (ONE(8), [ONE(4, 8)], [])),
+        ("1 to 3", (ONE(8), [ONE(4, 8)], [ONE(4)], [])),
+        ("one row", (ONE(0), [ONE(4, 0)], [ONE(4)])),
         ("1 to 3", (ONE(8), [ONE(4, 8)] * 2, [ONE(4)] * 2, [ONE(4)])),
         ("out: expected", (ONE(8), [ONE(4, 8)], [ONE(5)])),
         ("residual", (ONE(8), [ONE(4, 8)], [ONE(4)], None, ONE(4))),
@@ -118,6 +122,13 @@ def test_only_a_few_plain_rows_are_answered():
     torch.testing.assert_close(served, layer(random(1, 1, 24)))
 
 
+def own_forward(self, x):
+    return x
+
+
+own_forward.__module__ = "own.models"
+
+
 def test_maps_wait_only_where_nothing_reads_memory_by_itself():
     model = tiny_model("llama")
     patchkit.apply(model)  # whose one hook is patchkit's own
@@ -127,6 +138,15 @@ def test_maps_wait_only_where_nothing_reads_memory_by_itself():
     handle.remove()
     kind = type(model.model.layers[1].mlp)
     model.model.layers[1].mlp.__class__ = type("Own", (kind,), {"__module__": "own.models"})
+    assert not looks_through_torch(model)
+    model = tiny_model("qwen3")
+    norm = model.model.layers[0].self_attn.q_norm
+    norm.forward = MethodType(own_forward, norm)
+    assert not looks_through_torch(model)
+    model = tiny_model("qwen3")
+    assert looks_through_torch(model)
+    attention = model.model.layers[0].self_attn
+    attention.q_norm = torch.jit.trace(attention.q_norm, torch.ones(1, 1, 4, attention.head_dim))
     assert not looks_through_torch(model)
     backend = Backend("triton")
     x, weight = random(24), random(40, 24)
@@ -186,6 +206,8 @@ def test_a_residual_is_added_in_the_same_launch():
         swapped = F.linear(x, weight) + residual
         doubled = F.linear(x, weight)
         doubled = doubled + doubled
+        viewed = F.linear(x, weight)
+        viewed = viewed + viewed.view(viewed.shape)
         scaled = F.linear(x, weight) + 1.0
         wide = F.linear(x, weight) + residual.double()
         pair = (F.linear(x, weight), F.linear(x, weight))
@@ -193,11 +215,24 @@ def test_a_residual_is_added_in_the_same_launch():
     plain = F.linear(x, weight)
     for got, want in (
         (mapped, plain), (total, residual + plain), (swapped, plain + residual),
-        (doubled, plain + plain), (scaled, plain + 1.0), (pair[0], plain),
+        (doubled, plain + plain), (viewed, plain + plain), (scaled, plain + 1.0), (pair[0], plain),
         (both, residual + plain),
     ):  # fmt: skip
         torch.testing.assert_close(got, want)
     torch.testing.assert_close(wide, plain + residual.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_what_waits_is_no_weight_of_the_same_launch():
+    backend = Backend("triton")
+    x, weight = random(1, 24), random(40, 24)
+    with torch.no_grad(), StreamedLinears(backend, together=True):
+        flat = F.linear(x.flatten(), weight)
+        biased = F.linear(x.flatten(), weight, flat)
+        square = F.linear(x, random(24, 24, seed=5))
+        mapped = F.linear(x, square)
+    assert backend.calls["skinny_linear", "triton"] == 4
+    torch.testing.assert_close(biased, 2 * flat)
+    torch.testing.assert_close(mapped, F.linear(x, square))
 
 
 def test_an_error_inside_is_not_hidden():
@@ -293,10 +328,13 @@ def test_a_step_of_several_rows_in_half_precision():
         patchkit.apply(model, backend="triton")
         store = model(ids[:, :-1], use_cache=True)[CACHE_KEYWORD]
         backend = model._patchkit.backend
-        before = backend.calls["skinny_linear", "triton"]
+        before, gated = (
+            backend.calls[op, "triton"] for op in ("skinny_linear", "skinny_gated_linear")
+        )
         step = {"position_ids": torch.full((3, 1), 8, device=DEVICE), CACHE_KEYWORD: store}
         with StreamedLinears(backend, together=True):
             got = model(ids[:, -1:], **step).logits[:, -1]
     layers = model.config.num_hidden_layers
     assert backend.calls["skinny_linear", "triton"] - before == 3 * layers + 1
+    assert backend.calls["skinny_gated_linear", "triton"] - gated == layers
     torch.testing.assert_close(got, want, atol=0.02 * float(want.abs().max()), rtol=0)

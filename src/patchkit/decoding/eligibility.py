@@ -26,8 +26,9 @@ def kernels_serve(backend: Backend, x: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Say whether a tensor is what it looks like, and not of a quantised or sharded kind."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    """Say whether a tensor is what it looks like: not quantised, sharded or inside of a vmap."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return type(tensor) in (Tensor, nn.Parameter) and not wrapped(tensor)
 
 
 def untouched(module: nn.Module) -> bool:

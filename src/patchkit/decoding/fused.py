@@ -7,8 +7,8 @@ rounds; only the order of a float32 sum differs. Everything else keeps its own f
 every call that the kernels do not serve: on a CPU, with gradients, under autocast, compiled.
 
 The MLP's projections stay modules of their own and are called as such, so adapters, quantised
-weights and hooks on them work as before. Only for a single vector, and only plain Linears that
-nobody has touched, gate and up-projection are read by one kernel.
+weights and hooks on them work as before. Only for a few rows, and only plain Linears that nobody
+has touched, gate and up-projection are read by one kernel.
 """
 
 from __future__ import annotations

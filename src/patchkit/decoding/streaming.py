@@ -11,7 +11,7 @@ do, are one launch, and adding a residual is part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +42,24 @@ _BLIND = frozenset(
 def looks_through_torch(model: nn.Module) -> bool:
     """Say whether nothing in a model but torch's own functions reads the memory of a tensor.
 
-    That is known of the modules and hooks of torch, transformers and PEFT.
+    That is known of the forwards and hooks that torch, transformers and PEFT bring, unless they are
+    TorchScript, whose calls no mode sees. A scripted function inside of them is not found.
     """
     code: list[Any] = []
     for module in model.modules():
-        code += (type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        code += (type(module), module.forward, *hooks)
     return not global_hooks() and all(
         (getattr(part, "__module__", None) or "").partition(".")[0] in _KNOWN for part in code
     )
+
+
+def _pending(tensor: Tensor, results: Iterable[Tensor]) -> bool:
+    """Say whether a tensor is, or is a view of, one of the results."""
+    storage = tensor.untyped_storage().data_ptr()
+    return any(storage == result.untyped_storage().data_ptr() for result in results)
 
 
 class StreamedLinears(TorchFunctionMode):
@@ -110,7 +120,13 @@ class StreamedLinears(TorchFunctionMode):
     def _ask(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._asked:
             biased = self._asked[0][1] is not None
-            if x is not self._x or len(self._asked) == _MOST or biased != (bias is not None):
+            results = [result for *_, result in self._asked]
+            if (
+                x is not self._x
+                or len(self._asked) == _MOST
+                or biased != (bias is not None)
+                or any(_pending(t, results) for t in (weight, bias) if t is not None)
+            ):
                 self._launch()
         result = x.new_empty(*x.shape[:-1], weight.shape[0])
         self._x = x
@@ -126,9 +142,14 @@ class StreamedLinears(TorchFunctionMode):
         if len(self._asked) > 1 or len(terms) != 2 or len(others) != 1:
             return None
         (other,) = others
-        if type(other) is not Tensor or other.shape != result.shape or other.dtype != result.dtype:
-            return None
-        return other if other.is_contiguous() and other.device == result.device else None
+        alike = (
+            type(other) is Tensor
+            and other.shape == result.shape
+            and other.dtype == result.dtype
+            and other.device == result.device
+            and other.is_contiguous()
+        )
+        return other if alike and not _pending(other, [result]) else None
 
     def _launch(self, **options: Tensor) -> None:
         asked, self._asked = self._asked, []

@@ -71,7 +71,7 @@ def settle(
     """Write the tokens that were chosen, and note which rows they end.
 
     Args:
-        chosen: `[B]` int64.
+        chosen: `[B]` int64, contiguous.
         token: `[B, 1]` int64, contiguous. Written: `chosen`, or `pad` in rows that were finished.
         ids: `[B, W]` int64, last stride 1. Written at `column`, which is not checked.
         column: `[1]` int64. Grows by one.
@@ -81,23 +81,32 @@ def settle(
         ends: `[1, E]` or `[E]` int64, contiguous. None: no token ends a row.
 
     Raises:
-        ValueError: Shapes or dtypes are others.
+        ValueError: Shapes, dtypes, devices or strides are others.
     """
     batch_size = chosen.shape[0]
-    bools, integers = (unfinished, alive), (chosen, token, ids, column)
-    if (
-        token.shape != (batch_size, 1)
-        or ids.shape[:1] != (batch_size,)
-        or unfinished.shape != (batch_size,)
-        or any(t.dtype != torch.bool for t in bools)
-        or any(
-            t.dtype != torch.int64 for t in (*integers, *(x for x in (pad, ends) if x is not None))
-        )
-        or ids.stride(1) != 1
-    ):
+    expected = {
+        "chosen": (chosen, torch.int64, (batch_size,)),
+        "token": (token, torch.int64, (batch_size, 1)),
+        "column": (column, torch.int64, (1,)),
+        "unfinished": (unfinished, torch.bool, (batch_size,)),
+        "alive": (alive, torch.bool, ()),
+        "pad": (pad, torch.int64, None),
+        "ends": (ends, torch.int64, None),
+    }
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor is None:
+            continue
+        right = tensor.dtype == dtype and tensor.is_contiguous() and tensor.device == ids.device
+        if not right or (shape is not None and tensor.shape != shape):
+            raise ValueError(
+                f"{name}: expected contiguous {dtype} {'' if shape is None else list(shape)} on "
+                f"{ids.device}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}, "
+                f"strides {tensor.stride()}"
+            )
+    if ids.shape[:1] != (batch_size,) or ids.dtype != torch.int64 or ids.stride(1) != 1:
         raise ValueError(
-            f"expected int64 chosen [B], token [B, 1], ids [B, W] and bool unfinished [B], got "
-            f"{[(t.dtype, list(t.shape)) for t in (*integers, *bools)]}"
+            f"ids: expected int64 [{batch_size}, W] with last stride 1, got {ids.dtype} "
+            f"{list(ids.shape)}, strides {ids.stride()}"
         )
     num_ends = 0 if ends is None else ends.numel()
     with torch.cuda.device_of(chosen):

@@ -181,7 +181,7 @@ def blocks(x: Tensor, num_outs: int, weights_at_once: int = 1) -> dict[str, int]
 def check_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError unless `x` is a few rows that the weight can map."""
     num_outs, width = weight.shape
-    if x.shape[-1] != width or not is_skinny(x):
+    if x.shape[-1] != width or width == 0 or not is_skinny(x):
         raise ValueError(
             f"x: expected one row of {width}, or of 16 bits up to {MOST_SKINNY_ROWS}, got "
             f"{x.dtype} {list(x.shape)}"
@@ -221,12 +221,13 @@ def skinny_linear(
         ValueError: Numbers, shapes, dtypes, devices or strides disagree, or `x` has more rows.
     """
     count = len(weights)
-    if not 1 <= count <= 3 or len(outs) != count or len(biases or weights) != count:
+    given = count if biases is None else len(biases)
+    if not 1 <= count <= 3 or len(outs) != count or given != count:
         raise ValueError(
             f"expected 1 to 3 weights, each with an output, and biases for all or none; got "
-            f"{count} weights, {len(outs)} outputs, {len(biases or ())} biases"
+            f"{count} weights, {len(outs)} outputs, {given} biases"
         )
-    for weight, out, bias in zip(weights, outs, biases or (None,) * count, strict=True):
+    for weight, out, bias in zip(weights, outs, biases or [None] * count, strict=True):
         check_rows(x, weight, bias)
         _check_result(x, weight, out)
     if (residual is None) != (total is None) or (residual is not None and count > 1):
