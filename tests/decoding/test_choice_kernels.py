@@ -112,9 +112,9 @@ def test_settle_of_finished_rows_says_that_nobody_is_alive():
         ("ids", torch.zeros(9, 3, dtype=torch.int64).T),
         ("unfinished", torch.zeros(3, dtype=torch.int8)),
         ("pad", torch.zeros((), dtype=torch.int32)),
-        ("chosen", torch.zeros(3, 2, dtype=torch.int64)[:, 0]),
-        ("token", torch.zeros(3, 2, dtype=torch.int64)[:, :1]),
-        ("ends", torch.zeros(2, 2, dtype=torch.int64)[:, 0]),
+        ("chosen", torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)[:, 0]),
+        ("token", torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)[:, :1]),
+        ("ends", torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)[:, 0]),
         ("column", torch.zeros(2, dtype=torch.int64)),
     ],
 )
