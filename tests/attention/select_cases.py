@@ -52,6 +52,9 @@ def _scores(kind: str, shape: tuple[int, ...]) -> Tensor:
     if kind == "infinite":
         values = torch.tensor([-torch.inf, -1.0, 1.0, torch.inf])
         return values[few.long()]
+    if kind == "divided":  # as AdaKV ranks what a head keeps for sure and what is no token
+        values = torch.tensor([-torch.inf, torch.inf])
+        return torch.where(few > 0, (score / 9).exp() / 999, values[(score > 0).long()])
     if kind == "close":  # neighbouring float32 numbers, down to the denormal ones
         tiny = torch.tensor([1e-45, -1e-45, 0.0, 3e-45])[few.long()]
         return torch.where(score > 0, 1 + few * torch.finfo(torch.float32).eps, tiny)

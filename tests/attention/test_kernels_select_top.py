@@ -22,6 +22,7 @@ CASES = [
     SelectCase(capacity=700, score="zeros", sparse=True, num_sinks=4),
     SelectCase(capacity=300, score="infinite", num_sinks=2, recent=5),
     SelectCase(capacity=300, score="infinite", mean=True),
+    SelectCase(capacity=700, score="divided"),
     SelectCase(capacity=300, score="close"),
     SelectCase(capacity=600, score="outlier", recent=17, sparse=True),
     SelectCase(score=None, sparse=True),

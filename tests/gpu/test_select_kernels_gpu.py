@@ -22,6 +22,7 @@ CASES = [
     SelectCase(capacity=5000, score="zeros", recent=500, heads_inside=True),
     SelectCase(capacity=8192, score="ties", mean=True),
     SelectCase(capacity=8192, score="infinite", num_sinks=1),
+    SelectCase(1, 2, 300_000, score="divided"),
     SelectCase(capacity=3000, score="close"),
     SelectCase(capacity=20000, score="outlier", sparse=True, recent=1000),
     SelectCase(capacity=3000, count="all"),

@@ -40,6 +40,9 @@ _NEGATIVE_ZERO = tl.constexpr(-(2**31))
 _SINK = tl.constexpr(2**31 - 1)
 _RECENT = tl.constexpr(2**31 - 2)
 _PROTECTED = tl.constexpr((2**31 - 2) * 2**31)
+# Keys of numbers lie between the lowest one of -3.4e38 and the lowest one of infinity.
+_FINITE = tl.constexpr(-(0x7F800000) * 2**31)
+_INFINITE = tl.constexpr(0x7F800000 * 2**31)
 
 # Fields of `plan [lists, _PLAN]`: what a launch leaves to the next ones.
 _PLAN = tl.constexpr(7)
@@ -275,7 +278,8 @@ def _survey_kernel(
             score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent, num_sinks,
             HAS_SCORE, MEAN,
         )  # fmt: skip
-        live &= key < _PROTECTED
+        # Infinite scores would stretch the range until all others fall into a few bins.
+        live &= (key >= _FINITE) & (key < _INFINITE)
         lowest = tl.min(tl.where(live, key, _PROTECTED), axis=0)
         highest = tl.maximum(tl.max(tl.where(live, key, _MIN_KEY), axis=0), lowest)
         shift = _bin_shift(highest - lowest)
