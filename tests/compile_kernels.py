@@ -205,12 +205,27 @@ def decoding(dtype: torch.dtype) -> None:
     logit_wave(logits, ids, step, ended, **wave, windows=windows, recent=recent, end_ids=recent[0])
 
 
+def moe(dtype: torch.dtype) -> None:
+    from patchkit.moe.kernels.combined_experts import combined_experts
+    from patchkit.moe.kernels.gated_experts import gated_experts
+
+    index = torch.zeros(2, 8, dtype=torch.int64)
+    for inner, width in ((768, 2048), (2048, 4096)):
+        x, found = torch.zeros(2, width, dtype=dtype), torch.zeros(2, 8, inner, dtype=dtype)
+        for activation in ("silu", "gelu_tanh"):
+            weight = torch.zeros(1, 2 * inner, width, dtype=dtype)
+            gated_experts(x, weight, index, activation=activation)
+        for scores in (torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)):
+            combined_experts(found, torch.zeros(1, width, inner, dtype=dtype), index, scores)
+
+
 def main() -> None:
     capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
     triton.runtime.driver.set_active(AbsentGpu(capability))
     dependent_launch._can_depend = lambda device: capability >= 90
     KernelInterface.__getitem__ = compile_only
     decoding(torch.float32)
+    moe(torch.bfloat16)
     attention(torch.bfloat16, head_dim=128, groups=4)
     attention(torch.float16, head_dim=64, groups=3)
     attention(torch.float32, head_dim=80, groups=1)

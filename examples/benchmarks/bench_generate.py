@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from harness import copy_rate, device_name, record, time_ms
-from models import load
+from models import SHAPES, load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from triton import knobs
@@ -162,7 +162,11 @@ def floor_ms(model: PreTrainedModel, batch_size: int, length: int, rate: float) 
     config = model.config
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters())
+    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    share = min(1.0, batch_size * chosen)  # of the experts, at most
+    weights = sum(
+        p.nbytes * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()
+    )
     if embedding.data_ptr() != head.data_ptr():
         weights -= embedding.nbytes
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -202,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=["8b", "smollm2"], default="8b")
+    parser.add_argument("--shape", choices=[*SHAPES, "smollm2"], default="8b")
     parser.add_argument("--table", action="store_true", help="all cases of the README's table")
     parser.add_argument("--cases", nargs="+", default=["1x512"], help="batch x prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=256)

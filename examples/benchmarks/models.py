@@ -1,23 +1,40 @@
-"""Models that the benchmarks run: real SmolLM2, or a Llama-3.1-8B shape with random weights."""
+"""Models that the benchmarks run: real SmolLM2, or shapes of larger ones with random weights."""
 
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from patchkit import demo
 
-
-def load(shape: str, device: str) -> PreTrainedModel:
-    """Load `"smollm2"` (float32 on a CPU, else bfloat16) or build `"8b"` in bfloat16."""
-    if shape == "smollm2":
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return demo.load(dtype=dtype, device=device)[0]
-    config = LlamaConfig(
+SHAPES: dict[str, PreTrainedConfig] = {
+    "8b": LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
         rope_theta=500000.0, tie_word_embeddings=False,
-    )  # fmt: skip
+    ),
+    "30b-a3b": Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+        num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=40960,
+        rope_theta=1000000.0, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Llama-3.1-8B and Qwen3-30B-A3B."""
+
+
+def load(shape: str, device: str) -> PreTrainedModel:
+    """Load `"smollm2"` (float32 on a CPU, else bfloat16) or build one of `SHAPES` in bfloat16."""
+    if shape == "smollm2":
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return demo.load(dtype=dtype, device=device)[0]
+    config = SHAPES[shape]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -76,7 +76,7 @@ class Fused:
     """
 
     backend: Backend
-    formula: Norm | GatedMLP
+    formula: Any
     forward: Callable[..., Any]
 
     def serves(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -253,7 +253,7 @@ def random_input(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator).to(torch.bfloat16)
 
 
-def _stand_in(module: nn.Module, **held: Any) -> nn.Module:
+def stand_in(module: nn.Module, **held: Any) -> nn.Module:
     """Copy a module without its weights and hooks; `held` replaces parts of its `__dict__`."""
     twin = copy.copy(module)
     twin.__dict__.update(_buffers={}, _forward_hooks={}, _forward_pre_hooks={}, **held)
@@ -268,7 +268,7 @@ def _norm(module: nn.Module) -> Norm | None:
     generator = torch.Generator().manual_seed(0)
     weight = random_input(generator, *weights["weight"].shape)
     x = 0.01 * random_input(generator, 4, *weight.shape)  # small enough for the epsilon to matter
-    twin = _stand_in(module, _parameters={"weight": nn.Parameter(weight)})
+    twin = stand_in(module, _parameters={"weight": nn.Parameter(weight)})
     expected = type(module).forward(twin, x)
     for offset, round_first in ((0.0, True), (0.0, False), (1.0, False)):
         eps = getattr(module, names[0])
@@ -290,9 +290,9 @@ def _gated_mlp(module: nn.Module) -> GatedMLP | None:
         "gate_proj": _Given(x, gate),
         "up_proj": _Given(x, up),
         "down_proj": nn.Identity(),
-        "act_fn": _stand_in(act_fn),
+        "act_fn": stand_in(act_fn),
     }
-    expected = type(module).forward(_stand_in(module, _modules=held), x)
+    expected = type(module).forward(stand_in(module, _modules=held), x)
     for activation in reference.ACTIVATIONS:
         if torch.equal(reference.gated_activation(gate, up, activation=activation), expected):
             return GatedMLP(activation, type(act_fn))
