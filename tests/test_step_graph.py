@@ -11,7 +11,7 @@ import patchkit
 from patchkit import CAKE, H2O, TOVA, AdaKV, SnapKV, Window
 from patchkit.step_graph import GraphPool, fingerprint
 
-from .test_engine import batch_of, build, served_devices  # noqa: F401 the fixture is automatic
+from .engine_helpers import batch_of, build, served_devices  # noqa: F401 the fixture is automatic
 
 
 def test_a_kind_of_step_is_given_up_when_recording_it_fails_twice():

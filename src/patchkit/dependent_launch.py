@@ -28,7 +28,8 @@ def launch_options(device: torch.device, rows: int = 1) -> dict[str, bool]:
     """Return what a launch on `device` gets for a kernel with a parameter `EARLY: tl.constexpr`.
 
     The longer the kernels, the less it brings: on an H200 it makes a step of one row of an 8B model
-    3 % shorter, and one of 16 rows 2 % longer (`bench_step.py`).
+    3 % shorter, and one of 16 rows 2 % longer (`bench_step.py`). Smaller models have shorter
+    kernels; how many rows it pays for with them has not been measured.
 
     Args:
         device: Of the tensors. As elsewhere, no GPU stands for the Hopper GPU that tests compile

@@ -167,11 +167,12 @@ class TokenChoice:
             self.flags[1] &= sound
         else:
             race = logits
-        run, device, alive = partial(self._backend.run, "decoding"), self.ids.device, self.flags[0]
+        run, alive = partial(self._backend.run, "decoding"), self.flags[0]
         if race.dtype == torch.float64:  # of a custom processor; kernels know less
             chosen = race.argmax(-1)
         else:
             chosen = run("argmax", race.device, race)
+        device = self.ids.device
         held = (self.token, self.ids, self._column, self._unfinished, alive)
         run("settle", device, chosen.to(device), *held, self._pad, self._ends)
         if self._criteria:

@@ -212,7 +212,9 @@ def check_attention_lse(case: ScoreCase, dtype: torch.dtype, device: str, monkey
     with nan_in_new_memory():
         got = attention_lse.attention_lse(*tensors, **options, sinks=sinks)
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_MAX_LOGITS", expected[:, :, :5].numel() * tensors[1].shape[2])
+        patch.setattr(
+            reference.attention, "_MAX_LOGITS", expected[:, :, :5].numel() * tensors[1].shape[2]
+        )
         plain = reference.attention_lse(*tensors, **options, sinks=sinks)
     _check_lse(got, plain, expected, _logit_error(*tensors[:2], options))
 
@@ -294,7 +296,7 @@ def check_attention_mass(
         return buffer
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_MAX_LOGITS", weights[..., :5, :].numel())
+        patch.setattr(reference.attention, "_MAX_LOGITS", weights[..., :5, :].numel())
         plain = run(reference.attention_mass)
     got = run(attention_mass.attention_mass)
     for name, buffer in (("reference", plain), ("kernel", got)):

@@ -1,10 +1,11 @@
-"""Stand-ins for the decoding tests: a tokenizer, a call, a piecewise wave, scripted logits."""
+"""What decoding tests share: random tensors, a tokenizer, a call, a wave, scripted logits."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -13,9 +14,18 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from patchkit.backends import Backend
 from patchkit.testing import tiny_model
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 VOCAB_SIZE = 64
 END, WAIT = 7, 11
 REFLECTION = (11, 12, 13)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Draw normal numbers on the CPU, so that they are the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
 def call(model: Any = None, tokenizer: Any = None, backend: str = "reference") -> SimpleNamespace:

@@ -9,7 +9,7 @@ from patchkit.decoding import reference
 from patchkit.decoding.kernels.argmax import argmax
 from patchkit.decoding.kernels.settle import settle
 
-from .test_fused import DEVICE, by_dtype, random
+from .helpers import DEVICE, by_dtype, random
 
 BOTH = pytest.mark.parametrize("op", ["kernel", "reference"])
 

@@ -13,14 +13,7 @@ from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.rms_norm import rms_norm
 from patchkit.testing import FAMILIES, left_padded_batch, tiny_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+from .helpers import DEVICE, by_dtype, random
 
 
 def check(got, oracle, roundings, slack=8.0, least=0.0):

@@ -19,7 +19,7 @@ from patchkit.decoding.kernels.skinny_linear import skinny_linear
 from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
 from patchkit.testing import FAMILIES, reference_attention, tiny_model
 
-from .test_fused import DEVICE, by_dtype, random
+from .helpers import DEVICE, by_dtype, random
 
 
 def outs_of(x, weights):

@@ -83,17 +83,17 @@ class HeadVotes(WindowVotes):
         equal = total // num_heads
         protected = self.num_sink_tokens + self.window
         # In float64, as the host computes its bounds.
-        floor = (self.average.double() * self.floor).int().clamp_min(protected)
-        floor = floor.minimum(self.average)
-        most_floor = min(max(int(equal * self.floor), protected), equal)
-        least_floor = 0 if isinstance(self.tokens, float) else most_floor
+        safe = (self.average.double() * self.floor).int().clamp_min(protected)
+        safe = safe.minimum(self.average)
+        most_safe = min(max(int(equal * self.floor), protected), equal)
+        least_safe = 0 if isinstance(self.tokens, float) else most_safe
 
         # What the floors keep comes first. Slots beyond a list come last, and `filled` of no list.
-        safe = self.select(layer, floor.minimum(layer.length), most_floor)
+        kept_for_sure = self.select(layer, safe.minimum(layer.length), most_safe)
         rank = layer.scores.new_full((*layer.length.shape, filled + 1), -torch.inf)
         live = torch.arange(filled, device=layer.device) < layer.length[..., None]
         rank[..., :filled] = layer.scores[..., :filled].masked_fill(~live, -torch.inf)
-        rank.scatter_(2, safe.long(), torch.inf)
+        rank.scatter_(2, kept_for_sure.long(), torch.inf)
         rank[..., filled] = -torch.inf
         # Among equals newer tokens come first, then the later head.
         order = torch.full_like(rank, -1, dtype=torch.int32)
@@ -121,8 +121,8 @@ class HeadVotes(WindowVotes):
         budget.scatter_add_(1, owner, torch.ones_like(owner, dtype=torch.int32))
         budget = budget[:, :num_heads]
         budget = budget + (wanted - budget.sum(1, keepdim=True)) // num_heads  # room to grow
-        self.lowest = least_floor
-        self.highest = total - (num_heads - 1) * least_floor
+        self.lowest = least_safe
+        self.highest = total - (num_heads - 1) * least_safe
         self.use_budget(budget.int())
 
 

@@ -22,6 +22,36 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def check_arguments(**expected: tuple[Tensor | None, tuple[int, ...], torch.dtype]) -> None:
+    """Check the tensors of one kernel launch.
+
+    Args:
+        expected: Per argument the tensor (None is skipped), its shape and its dtype. The first
+            one says which device is expected.
+
+    Raises:
+        ValueError: A shape, dtype or device differs, the last stride of a `[B, H, S, D]` tensor is
+            not 1, or a tensor requires grad while grad is enabled.
+    """
+    device: torch.device | None = None
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        device = device or tensor.device
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name}: expected {dtype} {list(shape)} on {device}, got {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+        if tensor.ndim == 4 and tensor.stride(3) != 1 and tensor.shape[3] != 1:
+            raise ValueError(f"{name}: expected last stride 1, got strides {tensor.stride()}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor without grad, got requires_grad=True; kernels of the "
+                "KV store have no backward, run them under torch.no_grad()"
+            )
+
+
 def per_head(num_heads: int, num_kv_heads: int, *bookkeeping: Tensor) -> tuple[Tensor, ...]:
     """Show `[B, 1, ...]` tensors that the heads share as `[B, H_kv, ...]`, others as they are.
 

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import per_head, shared_bytes
+from patchkit.attention.kernels import check_arguments, per_head, shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
-from patchkit.attention.reference import check_arguments
 
 __all__ = ["attention_lse"]
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import first_slot, per_head, shared_bytes, starts
+from patchkit.attention.kernels import check_arguments, first_slot, per_head, shared_bytes, starts
 from patchkit.attention.kernels.attention_lse import (
     first_masked_tile,
     log2_logits,
@@ -22,7 +22,6 @@ from patchkit.attention.kernels.attention_lse import (
     splits,
 )
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
-from patchkit.attention.reference import check_arguments
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["attention_mass"]

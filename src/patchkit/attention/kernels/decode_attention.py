@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import first_slot, per_head, shared_bytes, starts
-from patchkit.attention.reference import check_arguments
+from patchkit.attention.kernels import check_arguments, first_slot, per_head, shared_bytes, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["decode_attention"]
 
-_TARGET_PROGRAMS = 256
+_TARGET_PROGRAMS = 256  # two on nearly every SM of a Hopper GPU
 _MAX_ROWS = 128
 _SPARE_BYTES = 27 * 1024  # of shared memory, for what a tile is copied through
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.reference import check_arguments
+from patchkit.attention.kernels import check_arguments
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["pool_scores"]

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.attention.kernels import per_head, shared_bytes
+from patchkit.attention.kernels import check_arguments, per_head, shared_bytes
 from patchkit.attention.kernels.attention_lse import first_masked_tile, splits
 from patchkit.attention.kernels.attention_mass import window_logits, window_queries
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2
-from patchkit.attention.reference import check_arguments
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["window_statistics"]
