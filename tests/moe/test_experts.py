@@ -14,7 +14,7 @@ from patchkit.moe.kernels.combined_experts import combined_experts
 from patchkit.moe.kernels.gated_experts import gated_experts
 from patchkit.testing import reference_attention, tiny_model
 
-from ..decoding.test_fused import DEVICE, by_dtype, random
+from ..decoding.helpers import DEVICE, by_dtype, random
 
 EXPERTS = 5
 
