@@ -131,10 +131,10 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     keep = torch.zeros(batch_size, heads, 64, dtype=torch.int64)
     out = (keys.new_zeros(batch_size, heads, 256, head_dim),) * 2
     into = (*out, position[:, :, :256].contiguous())
-    compact(keys, values, position, keep, length, *into)
+    compact(keys, values, position, length, keep, length, *into)
     first, scores = seen.clone(), (keys[..., 0].float(), out[0][..., 0].float())
     for begins in ((first, None), (None, first)):
-        compact(keys, values, position, keep, length, *into, *scores, *begins)
+        compact(keys, values, position, length, keep, length, *into, *scores, *begins)
     step = torch.zeros(batch_size, heads * groups, 1, head_dim, dtype=dtype)
     lse = torch.zeros(batch_size, heads * groups, 1)
     append(*held, seen, keys[:, :, :1], values[:, :, :1], list_start=first)

@@ -198,7 +198,8 @@ def compaction(length: int, budget: int, rate: float) -> None:
     index = keep[..., None].expand(-1, -1, -1, DIM)
 
     def ours(_: int) -> None:
-        compact(slots.keys, slots.values, slots.position, keep, count, keys, values, position)
+        lists = (slots.keys, slots.values, slots.position, slots.length)
+        compact(*lists, keep, count, keys, values, position)
 
     def gather(_: int) -> tuple[torch.Tensor, torch.Tensor]:
         return slots.keys.gather(2, index), slots.values.gather(2, index)

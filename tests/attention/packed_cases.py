@@ -192,7 +192,8 @@ def check_compact(case: PackedCase, dtype: torch.dtype, device: str = "cpu") -> 
 
         unpacked = empty(dense)
         into = [unpacked[name] for name in names]
-        run(*held, every, length, *into, packed["score"], unpacked["score"], list_start=first)
+        scores = (packed["score"], unpacked["score"])
+        run(*held, length, every, length, *into, *scores, list_start=first)
         compare(unpacked, first * 0, length * 0 + 10**6, dense, length)
         for b in range(length.shape[0]):
             for h in range(length.shape[1]):
@@ -208,5 +209,7 @@ def check_compact(case: PackedCase, dtype: torch.dtype, device: str = "cpu") -> 
         for source, scores, begin in ((own, score, None), (held, packed["score"], first)):
             target = empty(packed)
             into = [target[name] for name in names]
-            run(*source, keep, count, *into, scores, target["score"], begin, first)
+            rest = length.clone()
+            run(*source, rest, keep, count, *into, scores, target["score"], begin, first)
+            assert torch.equal(rest, count)
             compare(target, first, room, third, count)

@@ -90,8 +90,8 @@ def select_inputs(case: SelectCase, device: str) -> tuple[tuple[Any, ...], dict[
         count = random_int(10**6, shape[:2], seed=37) % (least + 1)
         assert (count < least).any()
     else:
-        count = length if case.count == "all" else torch.zeros_like(length)
-    width = int(count.max()) if case.width is None else case.width
+        count = length + 1 if case.count == "all" else torch.zeros_like(length)
+    width = int(count.minimum(length).max()) if case.width is None else case.width
 
     def place(data: Tensor) -> Tensor:
         wide = torch.nn.functional.pad(data, (0, _GUARD)).to(device)

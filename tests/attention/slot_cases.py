@@ -48,6 +48,7 @@ def _compact_oracle(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
+    length: Tensor,
     keep: Tensor,
     keep_count: Tensor,
     out_keys: Tensor,
@@ -61,7 +62,8 @@ def _compact_oracle(
         data.fill_(0)
     for b in range(keep.shape[0]):
         for h in range(keep.shape[1]):
-            for j in range(int(keep_count[b, h])):
+            length[b, h] = min(length[b, h], keep_count[b, h])
+            for j in range(int(length[b, h])):
                 slot = int(keep[b, h, j])
                 out_keys[b, h, j] = keys[b, h, slot]
                 out_values[b, h, j] = values[b, h, slot]
@@ -81,6 +83,7 @@ def check_compact(case: CompactCase, dtype: torch.dtype, device: str = "cpu") ->
             int(length[b, h]), generator=torch.Generator().manual_seed(b + 10 * h)
         )
         keep[b, h, : count[b, h]] = slots[: count[b, h]].sort().values.to(case.keep_dtype)
+    count += 7 * (count == length)  # more than there are
     dims = (case.head_dim, case.value_dim, dtype, device)
 
     def run(op: Callable[..., Any]) -> Store:
@@ -95,7 +98,8 @@ def check_compact(case: CompactCase, dtype: torch.dtype, device: str = "cpu") ->
         scores = [store.values[..., 0].float(), torch.full_like(target.position, 5).float()]
         target.buffers["score"] = scores[1]
         chosen = (keep.to(device), count.to(device))
-        op(*store.tensors[:3], *chosen, *target.tensors[:3], *scores)
+        op(*store.tensors[:4], *chosen, *target.tensors[:3], *scores)
+        target.buffers["length"] = store.length
         return target
 
     expected = run(_compact_oracle)

@@ -48,6 +48,7 @@ def test_compact_refuses_wrong_arguments(message: str, change: dict[str, torch.T
         "keys": source.keys,
         "values": source.values,
         "position": source.position,
+        "length": source.length,
         "keep": torch.zeros(2, 2, 3, dtype=torch.int64),
         "keep_count": torch.ones(2, 2, dtype=torch.int32),
         "out_keys": target.keys,

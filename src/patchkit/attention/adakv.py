@@ -89,7 +89,7 @@ class HeadVotes(WindowVotes):
         least_safe = 0 if isinstance(self.tokens, float) else most_safe
 
         # What the floors keep comes first. Slots beyond a list come last, and `filled` of no list.
-        kept_for_sure = self.select(layer, safe.minimum(layer.length), most_safe)
+        kept_for_sure = self.select(layer, safe, most_safe)
         rank = layer.scores.new_full((*layer.length.shape, filled + 1), -torch.inf)
         live = torch.arange(filled, device=layer.device) < layer.length[..., None]
         rank[..., :filled] = layer.scores[..., :filled].masked_fill(~live, -torch.inf)

@@ -243,16 +243,16 @@ class EvictionPolicy:
 
     def evict_many(self, layer: StoreLayer) -> None:
         """Keep the best tokens of every list, in slots of just that size."""
-        count = torch.minimum(layer.length, self.budget)
-        layer.keep(self.select(layer, count, self.highest), count, self.highest)
+        kept = self.select(layer, self.budget, self.highest)
+        layer.keep(kept, self.budget, self.highest)
 
     def select(self, layer: StoreLayer, count: Tensor, most: int) -> Tensor:
         """Pick the best tokens of every list, whose slots are its own.
 
         Args:
             layer: What holds the lists.
-            count: `[B, H_kv]` int32, tokens to pick, at most as many as live.
-            most: Upper bound on `count`.
+            count: `[B, H_kv]` int32, tokens to pick, or all of a shorter list.
+            most: Upper bound on `min(count, length)`.
 
         Returns:
             `[B, H_kv, min(most, filled)]` int32: the picked slots ascending, then `filled`.

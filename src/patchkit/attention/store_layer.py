@@ -423,8 +423,8 @@ class StoreLayer(CacheLayerMixin):
 
         Args:
             keep: `[B, H_kv, N]` int32, ascending slot numbers.
-            count: `[B, H_kv]` int32, entries of `keep` in use.
-            most: Upper bound on `count`.
+            count: `[B, H_kv]` int32, entries of `keep` in use, or more than the list is long.
+            most: Upper bound on those in use.
         """
         policy = self.policy
         if policy is None or policy.shared_total is None:
@@ -435,7 +435,6 @@ class StoreLayer(CacheLayerMixin):
                 list_start = (room.cumsum(-1) - room).int().clone()
             capacity = _bucket(policy.shared_total + room.shape[1], BOUND)
             self._move(keep, count, capacity, list_start)
-        self.length.copy_(count)
         self.filled = min(self.filled, most)
         self.rollback = 0
         self.overdue = False
@@ -462,6 +461,7 @@ class StoreLayer(CacheLayerMixin):
             "compact",
             self.device,
             *self.lists(),
+            self.length,
             keep,
             count,
             slots["keys"].expand(-1, heads, -1, -1),

@@ -68,7 +68,7 @@ def _serves(module: nn.Module, fused: Fused, x: Tensor, index: Tensor, scores: T
     return (
         type(module).forward is fused.forward
         and not module.training
-        and not module._is_expert_parallel
+        and not getattr(module, "_is_expert_parallel", False)  # since transformers 5.18
         and untouched(module.act_fn)
         and 0 < len(x) <= MOST_SKINNY_ROWS
         and index.dtype == torch.int64

@@ -22,6 +22,7 @@ def _compact_kernel(
     keys_ptr,
     values_ptr,
     position_ptr,
+    length_ptr,
     score_ptr,
     keep_ptr,
     keep_count_ptr,
@@ -40,6 +41,8 @@ def _compact_kernel(
     stride_pb,
     stride_ph,
     stride_ps,
+    stride_lb,
+    stride_lh,
     stride_sb,
     stride_sh,
     stride_ss,
@@ -76,8 +79,11 @@ def _compact_kernel(
     b = (tl.program_id(0) // num_heads).to(tl.int64)
     h = (tl.program_id(0) % num_heads).to(tl.int64)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    kept = tl.minimum(tl.load(keep_count_ptr + b * stride_cb + h * stride_ch), width)
-    mask_s = offs_s < kept
+    length_ptr += b * stride_lb + h * stride_lh
+    kept = tl.load(keep_count_ptr + b * stride_cb + h * stride_ch)
+    kept = tl.minimum(kept, tl.load(length_ptr))
+    tl.store(length_ptr, kept)  # which a program that comes later may read as well
+    mask_s = offs_s < tl.minimum(kept, width)
     # What lies behind a list of its own is emptied; behind one among others comes the next.
     written = mask_s if HAS_OUT_LIST_START else offs_s < out_capacity
     keep_ptr += b * stride_ib + h * stride_ih
@@ -123,6 +129,7 @@ def compact(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
+    length: Tensor,
     keep: Tensor,
     keep_count: Tensor,
     out_keys: Tensor,
@@ -135,15 +142,18 @@ def compact(
 ) -> None:
     """Copy the kept slots of every list to the front of another store.
 
-    `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < keep_count[b, h]`. The slots behind that are
-    emptied, positions to -1 and the rest to 0, unless `out_list_start` is given.
+    `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < min(keep_count[b, h], length[b, h])`, which
+    becomes the length. The slots behind that are emptied, positions to -1 and the rest to 0, unless
+    `out_list_start` is given.
 
     Args:
         keys: `[B, H, C, D]`, float32/float16/bfloat16, last stride 1.
         values: `[B, H, C, D_v]`, as `keys`.
         position: `[B, H, C]` int32.
+        length: `[B, H]` int32. Changed in place.
         keep: `[B, H, N]` int32 or int64, ascending slot numbers.
-        keep_count: `[B, H]` int32, entries of `keep` in use, at most `min(N, C_out)`.
+        keep_count: `[B, H]` int32, entries of `keep` in use, or more than the list is long;
+            `min(keep_count, length)` is at most `min(N, C_out)`.
         out_keys: `[B, H, C_out, D]`, as `keys`. Written; shares no memory with the inputs.
         out_values: `[B, H, C_out, D_v]`, as `values`. Written.
         out_position: `[B, H, C_out]` int32. Written.
@@ -165,6 +175,7 @@ def compact(
         keys=(keys, (*lists, capacity, head_dim), dtype),
         values=(values, (*lists, capacity, value_dim), dtype),
         position=(position, (*lists, capacity), int32),
+        length=(length, lists, int32),
         keep=(keep, (*lists, keep.shape[-1]), slot_dtype),
         keep_count=(keep_count, lists, int32),
         out_keys=(out_keys, (*lists, out_capacity, head_dim), dtype),
@@ -192,6 +203,7 @@ def compact(
             keys,
             values,
             position,
+            length,
             ranking,
             keep,
             keep_count,
@@ -204,6 +216,7 @@ def compact(
             *keys.stride()[:3],
             *values.stride()[:3],
             *position.stride(),
+            *length.stride(),
             *ranking.stride(),
             *keep.stride(),
             *keep_count.stride(),

@@ -157,6 +157,7 @@ def _select_top_kernel(
     if FROM_SLOTS:
         length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
         count = tl.load(count_ptr + b * stride_cb + h * stride_ch)
+        count = tl.minimum(count, length)
         seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
         recent = tl.load(recent_ptr + b * stride_rb + h * stride_rh)
         held = _load_keys(
@@ -302,7 +303,7 @@ def _survey_kernel(
             tl.store(plan_ptr + _LOWEST, lowest)
             tl.store(plan_ptr + _SHIFT, shift.to(tl.int64))
             tl.store(plan_ptr + _LENGTH, length.to(tl.int64))
-            tl.store(plan_ptr + _COUNT, count.to(tl.int64))
+            tl.store(plan_ptr + _COUNT, tl.minimum(count, length).to(tl.int64))
 
 
 @triton.jit
@@ -416,7 +417,8 @@ def select_top(
             slots come first.
         position: `[B, H, C]` int32. Live slots of a list hold different positions below `seen`.
         length: `[B, H]` int32.
-        count: `[B, H]` int32, slots to pick, at most `min(length, width)`.
+        count: `[B, H]` int32, slots to pick, or all of a shorter list; `min(count, length)` is at
+            most `width`.
         seen: `[B, H]` int32.
         recent: `[B, H]` int32, newest columns that come before all scores.
         num_sinks: Leading slots that come before all others, `>= 0`.

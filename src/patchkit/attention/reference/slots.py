@@ -84,6 +84,7 @@ def compact(
     keys: Tensor,
     values: Tensor,
     position: Tensor,
+    length: Tensor,
     keep: Tensor,
     keep_count: Tensor,
     out_keys: Tensor,
@@ -96,15 +97,18 @@ def compact(
 ) -> None:
     """Copy the kept slots of every list to the front of another store.
 
-    `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < keep_count[b, h]`. The slots behind that are
-    emptied, positions to -1 and the rest to 0, unless `out_list_start` is given.
+    `out[b, h, j] = in[b, h, keep[b, h, j]]` for `j < min(keep_count[b, h], length[b, h])`, which
+    becomes the length. The slots behind that are emptied, positions to -1 and the rest to 0, unless
+    `out_list_start` is given.
 
     Args:
         keys: `[B, H, C, D]`, any float dtype.
         values: `[B, H, C, D_v]`, as `keys`.
         position: `[B, H, C]` int32.
+        length: `[B, H]` int32. Changed in place.
         keep: `[B, H, N]` int32 or int64, ascending slot numbers.
-        keep_count: `[B, H]` int32, entries of `keep` in use, at most `min(N, C_out)`.
+        keep_count: `[B, H]` int32, entries of `keep` in use, or more than the list is long;
+            `min(keep_count, length)` is at most `min(N, C_out)`.
         out_keys: `[B, H, C_out, D]`, as `keys`. Written; shares no memory with the inputs.
         out_values: `[B, H, C_out, D_v]`, as `values`. Written.
         out_position: `[B, H, C_out]` int32. Written.
@@ -114,7 +118,8 @@ def compact(
         out_list_start: The same of the other store.
     """
     width = min(keep.shape[2], out_keys.shape[2])
-    live = torch.arange(width, device=keys.device) < keep_count.unsqueeze(-1)
+    torch.minimum(length, keep_count, out=length)
+    live = torch.arange(width, device=keys.device) < length.unsqueeze(-1)
     slots = torch.where(live, keep[:, :, :width], 0).long()
     if list_start is not None:
         slots = slots + list_start.unsqueeze(-1)
@@ -156,7 +161,8 @@ def select_top(
             slots come first.
         position: `[B, H, C]` int32. Live slots of a list hold different positions below `seen`.
         length: `[B, H]` int32.
-        count: `[B, H]` int32, slots to pick, at most `min(length, width)`.
+        count: `[B, H]` int32, slots to pick, or all of a shorter list; `min(count, length)` is at
+            most `width`.
         seen: `[B, H]` int32.
         recent: `[B, H]` int32, newest columns that come before all scores.
         num_sinks: Leading slots that come before all others.
@@ -186,7 +192,7 @@ def select_top(
     # One key more, above all, is the threshold of lists that keep nothing.
     above = key.new_full((*position.shape[:2], 1), torch.iinfo(torch.int64).max)
     best = torch.cat((above, best), -1)
-    kept = key >= best.gather(2, count.unsqueeze(-1).long())
+    kept = key >= best.gather(2, count.minimum(length).unsqueeze(-1).long())
     target = torch.where(kept, kept.cumsum(-1) - 1, width)
     keep = position.new_full((*position.shape[:2], width + 1), capacity)
     return keep.scatter_(2, target, slot.expand_as(target))[:, :, :width].contiguous()

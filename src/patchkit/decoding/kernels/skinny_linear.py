@@ -137,8 +137,9 @@ def _skinny_linear_kernel(
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if BLOCK_M == 1:
         # The first tile apart from the loop: its load waits for nothing that a loop sets up.
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         weight = weight_tile(row_ptr, 0, mask_n, K, BLOCK_K).to(tl.float32)
-        products = weight * vector_tile(x_ptr, 0, K, BLOCK_K)
+        products += weight * vector_tile(x_ptr, 0, K, BLOCK_K)
         for start in range(BLOCK_K, K, BLOCK_K):
             weight = weight_tile(row_ptr, start, mask_n, K, BLOCK_K).to(tl.float32)
             products += weight * vector_tile(x_ptr, start, K, BLOCK_K)

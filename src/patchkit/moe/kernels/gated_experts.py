@@ -44,7 +44,7 @@ def _gated_experts_kernel(
     x_ptr += pair // TOP_K * K
     weight_ptr += tl.load(index_ptr + pair) * stride_e
     gate_ptr = weight_ptr + offs_n.to(tl.int64)[:, None] * stride_n  # [BLOCK_N, 1]
-    up_ptr = gate_ptr + num_outs.to(tl.int64) * stride_n
+    up_ptr = weight_ptr + (offs_n + num_outs).to(tl.int64)[:, None] * stride_n
     gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
