@@ -172,13 +172,15 @@ def decoding(dtype: torch.dtype) -> None:
         for count in (1, 2, 3):
             skinny_linear(x[0], [x] * count, [out] * count)
         skinny_linear(x[0], [x], [out], [bias], out, out)
-        few, outs = x[:1].expand(5, -1).contiguous(), out.expand(5, -1).contiguous()
-        skinny_linear(few, [x] * 3, [outs] * 3)
-        skinny_linear(few, [x], [outs], [bias], outs, outs)
+        some = [(x[:1].repeat(n, 1), out.repeat(n, 1)) for n in (3, 5, 64)]
+        for few, outs in some:
+            skinny_linear(few, [x] * 3, [outs] * 3)
+            skinny_linear(few, [x], [outs], [bias], outs, outs)
         for activation in ("silu", "gelu_tanh"):
             gated_activation(x, x, activation=activation)
             skinny_gated_linear(x[0], x, x, activation=activation)
-            skinny_gated_linear(few, x, x, activation=activation)
+            for few, _ in some:
+                skinny_gated_linear(few, x, x, activation=activation)
     for tokens, width, options in (
         (1, 128, {}),
         (2000, 128, {}),

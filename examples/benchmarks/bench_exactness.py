@@ -3,12 +3,13 @@
     python examples/benchmarks/prompts.py               # once: real prompts, see there
     python examples/benchmarks/bench_exactness.py       # on a CUDA device
     python examples/benchmarks/bench_exactness.py --prompts 2 --new-tokens 4 --batch-size 2
+    python examples/benchmarks/bench_exactness.py --model gemma3-270m --batch-size 50
 
-SmolLM2-135M-Instruct answers real prompts greedily, with the end token barred so that each gives
-the same number of comparisons. Three providers see identical left-padded batches: transformers with
-sdpa, which is the reference; transformers with eager attention, which shows how often two correct
-attentions part company; and patchkit. It also answers the first `--alone` prompts of every batch
-one by one, where its steps use other kernels. The rows:
+SmolLM2-135M-Instruct, or another bundled model, answers real prompts greedily, with the end token
+barred so that each gives the same number of comparisons. Three providers see identical left-padded
+batches: transformers with sdpa, which is the reference; transformers with eager attention, which
+shows how often two correct attentions part company; and patchkit. It also answers the first
+`--alone` prompts of every batch one by one, where its steps use other kernels. The rows:
 
 - `diverging prompts`: share of prompts with any token unlike the reference's. Here p20, p50 and p80
   are not percentiles: they hold the low end, the point and the high end of Wilson's 95 % interval.
@@ -46,7 +47,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import patchkit
-from patchkit import demo
+from patchkit import bundled, demo
 from patchkit.compat import CACHE_KEYWORD
 
 SDPA, EAGER, OURS = "transformers sdpa", "transformers eager", "patchkit"
@@ -286,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=sorted(bundled.SOURCES), default=bundled.DEFAULT)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=256, help="per prompt")
     parser.add_argument("--batch-size", type=int, default=100)
@@ -301,7 +303,8 @@ def main() -> int:
     print(f"on {device_name()}")
     torch.set_float32_matmul_precision("highest")
     prompts = load_prompts(args.prompts)
-    model, tokenizer = demo.load(dtype=getattr(torch, args.dtype), device=args.device)
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = demo.load(args.model, dtype=dtype, device=args.device)
 
     findings = Findings()
     sequences: Sequences | None = None
@@ -315,7 +318,7 @@ def main() -> int:
     assert sequences is not None
     measure_errors(model, sequences, findings)
 
-    config = f"smollm2 N{args.prompts} B{args.batch_size} +{args.new_tokens} {args.dtype}"
+    config = f"{args.model} N{args.prompts} B{args.batch_size} +{args.new_tokens} {args.dtype}"
     record_all(config, findings)
     print(f"\n{table(findings)}\n")
     broken = findings.broken()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from harness import copy_rate, device_name, record, time_ms
-from models import SHAPES, load
+from models import NAMES, load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from triton import knobs
@@ -170,8 +170,13 @@ def floor_ms(model: PreTrainedModel, batch_size: int, length: int, rate: float) 
     if embedding.data_ptr() != head.data_ptr():
         weights -= embedding.nbytes
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
-    return (weights + batch_size * length * token) / rate * 1e3
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    live = sum(
+        min(length, config.sliding_window) if kind == "sliding_attention" else length
+        for kind in kinds
+    )
+    slot = 2 * config.num_key_value_heads * head_dim * 2
+    return (weights + batch_size * live * slot) / rate * 1e3
 
 
 def prefill_parts_ms(model: PreTrainedModel, batch_size: int, length: int) -> float:
@@ -206,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=[*SHAPES, "smollm2"], default="8b")
+    parser.add_argument("--shape", choices=NAMES, default="8b")
     parser.add_argument("--table", action="store_true", help="all cases of the README's table")
     parser.add_argument("--cases", nargs="+", default=["1x512"], help="batch x prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=256)

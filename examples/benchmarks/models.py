@@ -1,4 +1,4 @@
-"""Models that the benchmarks run: real SmolLM2, or shapes of larger ones with random weights."""
+"""Models that the benchmarks run: real small ones, or shapes of larger ones with random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from patchkit import demo
+from patchkit import bundled, demo
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "8b": LlamaConfig(
@@ -27,13 +27,14 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 """Llama-3.1-8B and Qwen3-30B-A3B."""
+NAMES = [*SHAPES, *bundled.SOURCES]
 
 
 def load(shape: str, device: str) -> PreTrainedModel:
-    """Load `"smollm2"` (float32 on a CPU, else bfloat16) or build one of `SHAPES` in bfloat16."""
-    if shape == "smollm2":
+    """Load a bundled model (float32 on a CPU, else bfloat16) or build a shape in bfloat16."""
+    if shape in bundled.SOURCES:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return demo.load(dtype=dtype, device=device)[0]
+        return demo.load(shape, dtype=dtype, device=device)[0]
     config = SHAPES[shape]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):

@@ -76,8 +76,10 @@ def load_prompts(n: int) -> list[str]:
 
 
 def encode(tokenizer: Any, prompts: list[str]) -> Any:
-    """Put every prompt into the chat template: left-padded ids and mask, each `[B, P]` int64."""
+    """Return left-padded ids and mask, each `[B, P]` int64; in a chat template if there is one."""
     tokenizer.padding_side = "left"
+    if tokenizer.chat_template is None:
+        return tokenizer(prompts, padding=True, return_tensors="pt")
     return tokenizer.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         add_generation_prompt=True,

@@ -28,7 +28,7 @@ def outs_of(x, weights):
 
 @by_dtype
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 64])
 @pytest.mark.parametrize(
     ("sizes", "width"),
     [((1,), 1), ((63, 1, 7), 97), ((5, 6), 2500), ((2051,), 64), ((130, 33, 33), 1024)],
@@ -74,7 +74,7 @@ ONE = torch.ones
     ("message", "args"),
     [
         ("one row", (ONE(2, 8), [ONE(4, 8)], [ONE(2, 4)])),
-        ("one row", (ONE(17, 8).half(), [ONE(4, 8).half()], [ONE(17, 4).half()])),
+        ("one row", (ONE(65, 8).half(), [ONE(4, 8).half()], [ONE(65, 4).half()])),
         ("one row", (ONE(9), [ONE(4, 8)], [ONE(4)])),
         ("weight: expected", (ONE(8), [ONE(4, 8).half()], [ONE(4)])),
         ("last stride", (ONE(8), [ONE(8, 4).T], [ONE(4)])),
@@ -107,7 +107,7 @@ def test_only_a_few_plain_rows_are_answered():
         served = layer(random(1, 1, 24)) * 1
         assert backend.calls["skinny_linear", "triton"] == 1
         layer(random(2, 1, 24))
-        F.linear(random(17, 24).half(), random(40, 24).half())
+        F.linear(random(65, 24).half(), random(40, 24).half())
         F.linear(random(24), alien)
         F.linear(random(24), random(24, 40).T)
         F.linear(input=random(24), weight=random(40, 24))
@@ -273,7 +273,7 @@ def test_a_step_of_every_family(family):
 @by_dtype
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize(("size", "width"), [(63, 97), (5, 2500), (130, 1024)])
 def test_skinny_gated_linear_is_two_products_and_an_activation(
     size, width, rows, activation, bias, dtype

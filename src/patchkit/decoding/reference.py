@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """What `gated_activation` applies to the gate, by name."""
 
-MOST_SKINNY_ROWS = 16
+MOST_SKINNY_ROWS = 64
 """As many rows do not change what a linear map costs: reading its weight."""
 
 
@@ -156,7 +156,7 @@ def rotary(
 def is_skinny(x: Tensor) -> bool:
     """Say whether `x [..., K]` is rows that a kernel maps which only streams the weight.
 
-    That is one row, or up to 16 of a dtype that tensor cores multiply exactly.
+    That is one row, or up to 64 of a dtype that tensor cores multiply exactly.
     """
     rows = x.shape[:-1].numel() if x.ndim else 0
     return rows == 1 or (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchkit.decoding.eligibility import is_plain, kernels_serve, untouched
 from patchkit.decoding.fused import Fused, random_input, stand_in
-from patchkit.decoding.reference import ACTIVATIONS, MOST_SKINNY_ROWS
+from patchkit.decoding.reference import ACTIVATIONS
 from patchkit.families import Family
 from patchkit.journal import Journal
 from patchkit.moe import reference
@@ -27,6 +27,7 @@ from patchkit.moe import reference
 if TYPE_CHECKING:
     from patchkit.backends import Backend
 
+_MOST_TOKENS = 16
 _LAYOUT = {
     "has_gate": True,
     "has_bias": False,
@@ -70,7 +71,7 @@ def _serves(module: nn.Module, fused: Fused, x: Tensor, index: Tensor, scores: T
         and not module.training
         and not getattr(module, "_is_expert_parallel", False)  # since transformers 5.18
         and untouched(module.act_fn)
-        and 0 < len(x) <= MOST_SKINNY_ROWS
+        and 0 < len(x) <= _MOST_TOKENS
         and index.dtype == torch.int64
         and scores.dtype in (x.dtype, torch.float32)
         and all(

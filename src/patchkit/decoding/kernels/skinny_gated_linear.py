@@ -97,7 +97,7 @@ def skinny_gated_linear(
     Both projections are rounded to the dtype, then the activation of the gate, then the product.
 
     Args:
-        x: `[..., K]`, one row of float32/float16/bfloat16, or up to 16 of float16/bfloat16.
+        x: `[..., K]`, one row of float32/float16/bfloat16, or up to 64 of float16/bfloat16.
         gate: `[N, K]`, as `x`, last stride 1.
         up: As `gate`.
         gate_bias: `[N]`, as `x`, or None.
@@ -140,7 +140,7 @@ def skinny_gated_linear(
             HAS_GATE_BIAS=gate_bias is not None,
             HAS_UP_BIAS=up_bias is not None,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            **launch_options(x.device),
+            **launch_options(x.device, len(rows)),
             **tiles,
         )
     return out

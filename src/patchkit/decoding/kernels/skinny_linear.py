@@ -173,7 +173,7 @@ def blocks(x: Tensor, num_outs: int, weights_at_once: int = 1) -> dict[str, int]
         block_n = 1 if width > 1024 else 2 if num_outs < 2**15 else 4
         warps = min(max(block_k // 512, 4), 8)
         return {"BLOCK_M": 1, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
-    block_m, block_n, block_k = MOST_SKINNY_ROWS, 64, 128
+    block_m, block_n, block_k = max(16, triton.next_power_of_2(x.numel() // width)), 64, 128
     stage = (weights_at_once * block_n + block_m) * block_k * x.element_size()
     deep = 6 if num_outs < 8192 else 4  # few programs have to load further ahead
     stages = max(min(shared_bytes(x.device) // stage - 1, deep // weights_at_once), 2)
@@ -213,7 +213,7 @@ def skinny_linear(
     Sums are in float32. A single result, rounded, can be added to a residual.
 
     Args:
-        x: `[..., K]`, one row of float32/float16/bfloat16, or up to 16 of float16/bfloat16.
+        x: `[..., K]`, one row of float32/float16/bfloat16, or up to 64 of float16/bfloat16.
         weights: One to three, each `[N, K]` with an N of its own, as `x`, last stride 1.
         outs: For each weight `[..., N]`, contiguous, as `x`. Written.
         biases: For each weight `[N]`, as `x`. None: no biases.
@@ -267,7 +267,7 @@ def skinny_linear(
             HAS_BIAS=biases is not None,
             HAS_RESIDUAL=residual is not None,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            **launch_options(x.device),
+            **launch_options(x.device, len(rows)),
             **tiles,
         )
 
