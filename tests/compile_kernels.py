@@ -208,7 +208,12 @@ def decoding(dtype: torch.dtype) -> None:
 def moe(dtype: torch.dtype) -> None:
     from patchkit.moe.kernels.combined_experts import combined_experts
     from patchkit.moe.kernels.gated_experts import gated_experts
+    from patchkit.moe.kernels.top_experts import top_experts
 
+    for experts, kind in itertools.product((8, 60, 128, 1024), (dtype, torch.float32)):
+        for normalised, rounded in ((True, False), (False, True)):
+            logits = torch.zeros(2, experts, dtype=kind)
+            top_experts(logits, min(experts, 8), normalised=normalised, rounded=rounded)
     index = torch.zeros(2, 8, dtype=torch.int64)
     for inner, width in ((768, 2048), (2048, 4096)):
         x, found = torch.zeros(2, width, dtype=dtype), torch.zeros(2, 8, inner, dtype=dtype)
