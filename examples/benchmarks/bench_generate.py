@@ -6,8 +6,9 @@
 
 Per case: time to the first token, ms per further token (whole call less the first token, divided),
 peak memory, what the first call costs over a later one, and what building kernels adds to it. The
-floor of a token is the bytes of the weights (of experts, the share that rows are expected to choose
-if they do so independently) and of the live KV cache at the copy rate measured in the same run. Where patchkit's tokens first differ from transformers', the gap between transformers'
+floor of a token is the bytes of the weights and of the live KV cache at the copy rate measured in
+the same run; of experts it counts the share that the rows are expected to choose, independently of
+each other. Where patchkit's tokens first differ from transformers', the gap between transformers'
 logits for the two tokens is recorded: rounding can only turn near ties.
 """
 
