@@ -67,7 +67,7 @@ def _serves(module: nn.Module, fused: Fused, x: Tensor, index: Tensor, scores: T
     return (
         type(module).forward is fused.forward
         and not module.training
-        and not module._is_expert_parallel
+        and not getattr(module, "_is_expert_parallel", False)  # 5.17 does not note it
         and untouched(module.act_fn)
         and 0 < len(x) <= MOST_SKINNY_ROWS
         and index.dtype == torch.int64
