@@ -210,15 +210,24 @@ def decoding(dtype: torch.dtype) -> None:
 def moe(dtype: torch.dtype) -> None:
     from patchkit.moe.kernels.combined_experts import combined_experts
     from patchkit.moe.kernels.gated_experts import gated_experts
+    from patchkit.moe.kernels.top_experts import top_experts
 
-    index = torch.zeros(2, 8, dtype=torch.int64)
-    for inner, width in ((768, 2048), (2048, 4096)):
-        x, found = torch.zeros(2, width, dtype=dtype), torch.zeros(2, 8, inner, dtype=dtype)
-        for activation in ("silu", "gelu_tanh"):
-            weight = torch.zeros(1, 2 * inner, width, dtype=dtype)
-            gated_experts(x, weight, index, activation=activation)
-        for scores in (torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)):
-            combined_experts(found, torch.zeros(1, width, inner, dtype=dtype), index, scores)
+    for experts, kind in itertools.product((8, 60, 128, 1024), (dtype, torch.float32)):
+        for normalised, rounded in ((True, False), (False, True)):
+            logits = torch.zeros(2, experts, dtype=kind)
+            top_experts(logits, min(experts, 8), normalised=normalised, rounded=rounded)
+    # Two tokens share 8 experts, but not 40.
+    for tokens, experts in ((1, 8), (2, 40), (2, 8), (16, 8)):
+        index = torch.zeros(tokens, 8, dtype=torch.int64)
+        for inner, width in ((768, 2048), (2048, 4096), (1408, 2880)):
+            x = torch.zeros(tokens, width, dtype=dtype)
+            found = torch.zeros(tokens, 8, inner, dtype=dtype)
+            weight = torch.empty(experts, 2 * inner, width, dtype=dtype)
+            for activation in ("silu", "gelu_tanh"):
+                gated_experts(x, weight, index, activation=activation)
+            weight = torch.empty(experts, width, inner, dtype=dtype)
+            for scores in (torch.zeros(tokens, 8), torch.zeros(tokens, 8, dtype=dtype)):
+                combined_experts(found, weight, index, scores)
 
 
 def main() -> None:

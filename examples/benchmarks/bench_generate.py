@@ -7,7 +7,8 @@
 Per case: time to the first token, ms per further token (whole call less the first token, divided),
 peak memory, what the first call costs over a later one, and what building kernels adds to it. The
 floor of a token is the bytes of the weights and of the live KV cache at the copy rate measured in
-the same run. Where patchkit's tokens first differ from transformers', the gap between transformers'
+the same run; of experts it counts the share that the rows are expected to choose, independently of
+each other. Where patchkit's tokens first differ from transformers', the gap between transformers'
 logits for the two tokens is recorded: rounding can only turn near ties.
 """
 
@@ -159,11 +160,16 @@ def largest_gap(
 
 
 def floor_ms(model: PreTrainedModel, batch_size: int, length: int, rate: float) -> float:
+    """Return what reading weights and KV cache once takes at `rate`.
+
+    Of a layer's experts it counts the share that is expected to be chosen by any row, as if every
+    row chose independently and all experts alike.
+    """
     config = model.config
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    share = min(1.0, batch_size * chosen)  # of the experts, at most
+    share = 1 - (1 - chosen) ** batch_size
     weights = sum(
         p.nbytes * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()
     )

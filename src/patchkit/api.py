@@ -18,7 +18,7 @@ from patchkit.decoding import fused, rotary
 from patchkit.errors import MethodConflictError, NoMatchingModuleError, UnsupportedModelError
 from patchkit.families import inspect_model, unwrap
 from patchkit.method import Method, as_method, registry
-from patchkit.moe import experts
+from patchkit.moe import experts, router
 from patchkit.patch import Patch
 from patchkit.status import PatchReport, build_report
 
@@ -120,7 +120,7 @@ def _install(model: PreTrainedModel, patch: Patch) -> None:
     for name, module in family.attention.items():
         journal.set(module, "_patchkit", patch, label=name)
         journal.set(module, "extra_repr", MethodType(_extra_repr, module), label=name)
-    for part in (fused, rotary, experts):
+    for part in (fused, rotary, experts, router):
         patch.fused |= part.install(family, patch.backend, journal)
     journal.pre_hook(family.decoder, interface.before_decoder, label=family.decoder_name)
     journal.set(model, "generate", MethodType(generation.generate, model), label="model")

@@ -177,28 +177,60 @@ def install(family: Family, backend: Backend, journal: Journal) -> dict[str, tup
     Returns:
         Fused modules, of how many, for `"norms"` and `"MLPs"`.
     """
-    formulas: dict[tuple[Any, ...], Norm | GatedMLP | None] = {}
-    counts = {"norms": [0, 0], "MLPs": [0, 0]}
-    for name, module in family.decoder.named_modules():
+
+    def group(module: nn.Module) -> str | None:
         kind = type(module).__name__
-        group = "norms" if "Norm" in kind else "MLPs" if kind.endswith("MLP") else None
-        if group is None or isinstance(module, nn.LayerNorm):  # which is one kernel already
+        if isinstance(module, nn.LayerNorm):  # which is one kernel already
+            return None
+        return "norms" if "Norm" in kind else "MLPs" if kind.endswith("MLP") else None
+
+    counts = fuse(family, backend, journal, group, find_formula, _FORWARDS)
+    return {name: counts[name] for name in ("norms", "MLPs") if name in counts}
+
+
+def fuse(
+    family: Family,
+    backend: Backend,
+    journal: Journal,
+    group: Callable[[nn.Module], str | None],
+    find: Callable[[nn.Module], Any],
+    forwards: dict[type, Callable[..., Any]],
+) -> dict[str, tuple[int, int]]:
+    """Give modules of the decoder, where a formula is found for them, a forward that computes it.
+
+    Args:
+        family: Where the decoder is.
+        backend: Runs the kernels.
+        journal: Notes the edits.
+        group: Names what a module is counted as; None leaves it alone.
+        find: Finds the formula of a module, or None. Asked once for modules of the same settings.
+        forwards: What to bind, by the class of the formula.
+
+    Returns:
+        Fused modules, of how many, by group.
+    """
+    formulas: dict[tuple[Any, ...], Any] = {}
+    counts: dict[str, tuple[int, int]] = {}
+    for name, module in family.decoder.named_modules():
+        counted = group(module)
+        if counted is None:
             continue
         key = _settings(module)
         if key not in formulas:
-            formulas[key] = find_formula(module)
+            formulas[key] = find(module)
         formula = formulas[key]
-        counts[group][1] += 1
         # A forward of the instance's own belongs to somebody else, accelerate for one.
-        if formula is None or "forward" in vars(module):
+        served = formula is not None and "forward" not in vars(module)
+        fused, total = counts.get(counted, (0, 0))
+        counts[counted] = (fused + served, total + 1)
+        if not served:
             continue
         label = f"{family.decoder_name}.{name}" if family.decoder_name else name
         held = Fused(backend, formula, type(module).forward)
         journal.set(module, "_patchkit", held, label=label)
-        journal.set(module, "forward", MethodType(_FORWARDS[type(formula)], module), label=label)
+        journal.set(module, "forward", MethodType(forwards[type(formula)], module), label=label)
         journal.set(module, "extra_repr", MethodType(_extra_repr, module), label=label)
-        counts[group][0] += 1
-    return {group: (fused, total) for group, (fused, total) in counts.items() if total}
+    return counts
 
 
 def remove_copies(model: nn.Module) -> None:
@@ -226,13 +258,18 @@ def _extra_repr(module: nn.Module) -> str:
 @torch.no_grad()
 def find_formula(module: nn.Module) -> Norm | GatedMLP | None:
     """Find the formula that the class of `module` computes, by trying it on the CPU."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2:
+    if not takes_one_argument(module):
         return None
     try:
         return _norm(module) if not module._modules else _gated_mlp(module)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None  # the stand-in lacks something that this class needs
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    """Say whether the forward of a class has no further arguments, which a trial would miss."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return [p.kind for p in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
 
 
 class _Given(nn.Module):

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from patchkit.decoding.eligibility import is_plain, kernels_serve, untouched
-from patchkit.decoding.fused import Fused, random_input, stand_in
-from patchkit.decoding.reference import ACTIVATIONS
+from patchkit.decoding.fused import Fused, fuse, random_input, stand_in
+from patchkit.decoding.reference import ACTIVATIONS, MOST_SKINNY_ROWS
 from patchkit.families import Family
 from patchkit.journal import Journal
 from patchkit.moe import reference
@@ -27,7 +26,6 @@ from patchkit.moe import reference
 if TYPE_CHECKING:
     from patchkit.backends import Backend
 
-_MOST_TOKENS = 16
 _LAYOUT = {
     "has_gate": True,
     "has_bias": False,
@@ -69,9 +67,9 @@ def _serves(module: nn.Module, fused: Fused, x: Tensor, index: Tensor, scores: T
     return (
         type(module).forward is fused.forward
         and not module.training
-        and not getattr(module, "_is_expert_parallel", False)  # since transformers 5.18
+        and not getattr(module, "_is_expert_parallel", False)  # 5.17 does not note it
         and untouched(module.act_fn)
-        and 0 < len(x) <= _MOST_TOKENS
+        and 0 < len(x) <= MOST_SKINNY_ROWS
         and index.dtype == torch.int64
         and scores.dtype in (x.dtype, torch.float32)
         and all(
@@ -93,22 +91,11 @@ def install(family: Family, backend: Backend, journal: Journal) -> dict[str, tup
     Returns:
         Fused modules, of how many, for `"expert layers"`.
     """
-    formulas: dict[type, GatedExperts | None] = {}
-    served = total = 0
-    for name, module in family.decoder.named_modules():
-        if not type(module).__name__.endswith("Experts"):
-            continue
-        total += 1
-        if type(module) not in formulas:
-            formulas[type(module)] = find_formula(module)
-        formula = formulas[type(module)]
-        if formula is None or "forward" in vars(module):
-            continue
-        label = f"{family.decoder_name}.{name}" if family.decoder_name else name
-        journal.set(module, "_patchkit", Fused(backend, formula, type(module).forward), label=label)
-        journal.set(module, "forward", MethodType(experts_forward, module), label=label)
-        served += 1
-    return {"expert layers": (served, total)} if total else {}
+
+    def group(module: nn.Module) -> str | None:
+        return "expert layers" if type(module).__name__.endswith("Experts") else None
+
+    return fuse(family, backend, journal, group, find_formula, {GatedExperts: experts_forward})
 
 
 @torch.no_grad()

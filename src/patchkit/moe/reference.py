@@ -7,6 +7,35 @@ from torch import Tensor
 
 from patchkit.decoding.reference import gated_activation
 
+MOST_EXPERTS = 1024
+"""Among so many `top_experts` chooses."""
+
+
+def top_experts(
+    logits: Tensor, top_k: int, *, normalised: bool, rounded: bool
+) -> tuple[Tensor, Tensor]:
+    """Choose the experts of every token, and score them by softmax.
+
+    The largest logits are chosen, in descending order; of equal ones the first. NaN is above all
+    numbers. The softmax is in float32 or wider.
+
+    Args:
+        logits: `[T, E]`, any float dtype.
+        top_k: Experts per token, from 1 to E.
+        normalised: Whether the scores of a token add up to 1, or else those of all experts.
+        rounded: Whether to round scores to the dtype of `logits`.
+
+    Returns:
+        scores: `[T, k]`, in the dtype of `logits` or, unless `rounded`, that of the softmax.
+        index: `[T, k]` int64, the experts.
+    """
+    index = logits.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.softmax(-1, dtype=wide).gather(1, index)
+    if normalised:
+        scores = scores / scores.sum(-1, keepdim=True)
+    return scores.to(logits.dtype if rounded else wide), index
+
 
 def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) -> Tensor:
     """Map every token by gate and up-projection of its experts; activate and multiply.

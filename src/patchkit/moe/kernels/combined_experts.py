@@ -1,6 +1,11 @@
 """Triton down-projection of experts, read in place, and their sum by scores; see the reference.
 
-Bytes floor: the down-projection of every expert that a token has chosen, once.
+Bytes floor: the down-projection of every expert that a token has chosen, once. While few tokens
+share an expert, a program takes a block of outputs of a token and loads the rows of all of its
+experts at once; programs of the same outputs run next to each other, so rows that several read come
+from the L2 cache. Where more tokens share an expert, one program maps them together, as in
+`gated_experts`, and a second launch sums up: 2 us, and next to no bytes, for not reading an expert
+from the cache once per token. The sum of a token never depends on what others chose.
 """
 
 from __future__ import annotations
@@ -10,11 +15,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.decoding.kernels.skinny_linear import blocks, vector_tile, weight_tile
+from patchkit.decoding.kernels.skinny_linear import INTERPRETED, add_product, blocks, weight_tile
 from patchkit.dependent_launch import launch_options, wait_for_previous
-from patchkit.moe.kernels.gated_experts import check_experts
+from patchkit.moe.kernels.gated_experts import (
+    NO_PAIR,
+    check_experts,
+    pair_blocks,
+    pairs_of_expert,
+    picked_rows_tile,
+    shares_experts,
+)
 
 __all__ = ["combined_experts"]
+
+
+@triton.jit
+def _weighted(found, score, dtype: tl.constexpr, ROUND_PRODUCT: tl.constexpr):
+    # Both float32; `found` has been rounded to `dtype`.
+    weighted = found * score
+    if ROUND_PRODUCT:
+        weighted = weighted.to(dtype).to(tl.float32)
+    return weighted
+
+
+@triton.jit
+def _reread_tile(row_ptr, start, mask, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    # `weight_tile` of what other programs read as well.
+    offs_k = start + tl.arange(0, BLOCK_K)
+    mask = mask[:, None]
+    if K % BLOCK_K:
+        mask = mask & (offs_k < K)[None, :]
+    return tl.load(row_ptr + offs_k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -31,29 +62,98 @@ def _combined_experts_kernel(
     K: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
     EARLY: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program: a block of outputs of one token, over all of its experts in order.
+    # One program: a block of outputs of one token. A row of its tile: an output of an expert.
+    wait_for_previous(EARLY)
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK_N * BLOCK_TOP)
+    place, offs_n = row % BLOCK_TOP, tl.program_id(1) * BLOCK_N + row // BLOCK_TOP
+    mask_k = place < TOP_K
+    mask = mask_k & (offs_n < num_outs)
+    pair = token * TOP_K + place
+    expert = tl.load(index_ptr + pair, mask=mask_k, other=0)
+    score = tl.load(scores_ptr + pair, mask=mask_k, other=0.0).to(tl.float32)
+    row_ptr = weight_ptr + (expert * stride_e + offs_n.to(tl.int64) * stride_n)[:, None]
+    x_ptr += pair[:, None] * K
+    products = tl.zeros((BLOCK_N * BLOCK_TOP, BLOCK_K), tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        weight = weight_tile(row_ptr, start, mask, K, BLOCK_K).to(tl.float32)
+        products += weight * _reread_tile(x_ptr, start, mask_k, K, BLOCK_K).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    found = tl.sum(products, axis=1).to(dtype).to(tl.float32)
+    weighted = tl.reshape(_weighted(found, score, dtype, ROUND_PRODUCT), (BLOCK_N, BLOCK_TOP))
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.sum(weighted, axis=1).to(dtype)
+    tl.store(out_ptr + token * num_outs + offs_n, total, mask=offs_n < num_outs)
+
+
+@triton.jit
+def _mapped_experts_kernel(
+    x_ptr,
+    weight_ptr,
+    index_ptr,
+    out_ptr,
+    stride_e,
+    stride_n,
+    num_tokens,
+    num_outs,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One program: a block of outputs of an expert, for every pair that has it.
+    wait_for_previous(EARLY)
+    pair = tl.program_id(0)
+    expert = tl.load(index_ptr + pair)
+    pairs = pairs_of_expert(index_ptr, pair, expert, num_tokens, TOP_K, BLOCK_TOP, BLOCK_M)
+    if tl.min(pairs, axis=0) == pair:
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n, mask_m = offs_n < num_outs, pairs != NO_PAIR
+        row = pairs.to(tl.int64)
+        row_ptr = weight_ptr + expert * stride_e + offs_n.to(tl.int64)[:, None] * stride_n
+        found = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            rows = picked_rows_tile(x_ptr, row, mask_m, start, K, BLOCK_K)
+            weight = weight_tile(row_ptr, start, mask_n, K, BLOCK_K)
+            found = add_product(found, weight, rows, UPCAST)
+        offs = offs_n[:, None] + row[None, :] * num_outs
+        mask = mask_n[:, None] & mask_m[None, :]
+        tl.store(out_ptr + offs, found.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_of_experts_kernel(
+    found_ptr,
+    scores_ptr,
+    out_ptr,
+    num_outs,
+    TOP_K: tl.constexpr,
+    ROUND_PRODUCT: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # One program: a block of outputs of one token.
     wait_for_previous(EARLY)
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < num_outs
+    place = tl.arange(0, BLOCK_TOP)
+    pair = token * TOP_K + place
+    mask_k, mask_n = place < TOP_K, offs_n < num_outs
+    score = tl.load(scores_ptr + pair, mask=mask_k, other=0.0).to(tl.float32)
+    offs = pair[:, None] * num_outs + offs_n[None, :]
+    mask = mask_k[:, None] & mask_n[None, :]
+    found = tl.load(found_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for k in range(TOP_K):
-        pair = token * TOP_K + k
-        row_ptr = weight_ptr + tl.load(index_ptr + pair) * stride_e
-        row_ptr += offs_n.to(tl.int64)[:, None] * stride_n  # [BLOCK_N, 1]
-        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            weight = weight_tile(row_ptr, start, mask_n, K, BLOCK_K).to(tl.float32)
-            products += weight * vector_tile(x_ptr + pair * K, start, K, BLOCK_K)
-        found = tl.sum(products, axis=1).to(dtype).to(tl.float32)
-        weighted = found * tl.load(scores_ptr + pair).to(tl.float32)
-        if ROUND_PRODUCT:
-            weighted = weighted.to(dtype).to(tl.float32)
-        total += weighted
+    total = tl.sum(_weighted(found, score[:, None], dtype, ROUND_PRODUCT), axis=0)
     tl.store(out_ptr + token * num_outs + offs_n, total.to(dtype), mask=mask_n)
 
 
@@ -86,21 +186,31 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
     out = x.new_empty(tokens, num_outs)
     if out.numel() == 0:
         return out
-    tiles = blocks(x.new_empty(1, width), num_outs)
-    del tiles["BLOCK_M"]
+    x, index, scores = x.contiguous(), index.contiguous(), scores.contiguous()
+    block_top = triton.next_power_of_2(top_k)
+    strides, early = weight.stride()[:2], launch_options(x.device, tokens)
+    summed = {"TOP_K": top_k, "BLOCK_TOP": block_top, "ROUND_PRODUCT": scores.dtype == x.dtype}
     with torch.cuda.device_of(x):
-        _combined_experts_kernel[(tokens, triton.cdiv(num_outs, tiles["BLOCK_N"]))](
-            x.contiguous(),
-            weight,
-            index.contiguous(),
-            scores.contiguous(),
-            out,
-            *weight.stride()[:2],
-            num_outs,
-            TOP_K=top_k,
-            K=width,
-            ROUND_PRODUCT=scores.dtype == x.dtype,
-            **launch_options(x.device, tokens),
-            **tiles,
-        )
+        if shares_experts(index, weight):
+            found = x.new_empty(tokens, top_k, num_outs)
+            tiles = blocks(x[:, 0], num_outs)
+            # Rows of experts are short: more programs at a time serve better than deep pipelines.
+            tiles["num_stages"] = min(tiles["num_stages"], 4)
+            grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            options = {"TOP_K": top_k, "K": width, "BLOCK_TOP": block_top, **early}
+            options["UPCAST"] = INTERPRETED and x.dtype == torch.bfloat16
+            _mapped_experts_kernel[grid](
+                x, weight, index, found, *strides, tokens, num_outs, **options, **tiles
+            )
+            block_n = 256
+            _sum_of_experts_kernel[(tokens, triton.cdiv(num_outs, block_n))](
+                found, scores, out, num_outs, **summed, **early, BLOCK_N=block_n
+            )
+        else:
+            tiles = pair_blocks(width, block_top)
+            grid = (tokens, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            _combined_experts_kernel[grid](
+                x, weight, index, scores, out, *strides, num_outs, K=width, **summed, **early,
+                **tiles,
+            )  # fmt: skip
     return out

@@ -1,8 +1,10 @@
 """Triton gate, up-projection and activation of experts, read in place; see the reference.
 
-Bytes floor: gate and up-projection of every expert that a token has chosen, once. A program takes
-a pair of a token and one of its experts, so an expert that several tokens chose is read for each of
-them, from the L2 cache if they run at the same time.
+Bytes floor: gate and up-projection of every expert that a token has chosen, once. A pair is a token
+and one of its experts. While few tokens share an expert, a program takes a pair; programs of the
+same outputs run next to each other, so what several pairs read comes from the L2 cache, if not for
+nothing. Where more tokens share an expert, the program of its first pair serves all of them by the
+tensor cores, and those of the others return: each expert is read once.
 """
 
 from __future__ import annotations
@@ -13,11 +15,53 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.decoding.kernels.gated_activation import gated
-from patchkit.decoding.kernels.skinny_linear import blocks, vector_tile, weight_tile
-from patchkit.decoding.reference import ACTIVATIONS
+from patchkit.decoding.kernels.skinny_linear import (
+    INTERPRETED,
+    add_product,
+    blocks,
+    vector_tile,
+    weight_tile,
+)
+from patchkit.decoding.reference import ACTIVATIONS, MOST_SKINNY_ROWS
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["gated_experts"]
+
+NO_PAIR = tl.constexpr(2**31 - 1)
+_PROGRAM_WEIGHTS = 8192  # of 16 bits, as `skinny_gated_linear` holds where it is as fast as a copy
+_PROGRAM_THREADS = 256
+
+
+@triton.jit
+def pairs_of_expert(
+    index_ptr,
+    pair,
+    expert,
+    num_tokens,
+    TOP_K: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    # [BLOCK_M]: each token's pair with the expert of `pair`, or NO_PAIR. Where a token names an
+    # expert again, that pair is on its own.
+    token, place = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_TOP)
+    pairs = token[:, None] * TOP_K + place[None, :]
+    mask = (token < num_tokens)[:, None] & (place < TOP_K)[None, :]
+    chosen = tl.load(index_ptr + pairs, mask=mask, other=-1)
+    first = tl.min(tl.where(chosen == expert, pairs, NO_PAIR), axis=1)
+    own = token == pair // TOP_K
+    again = tl.min(tl.where(own, first, NO_PAIR), axis=0) < pair
+    return tl.where(again, tl.where(own, pair, NO_PAIR), first)
+
+
+@triton.jit
+def picked_rows_tile(x_ptr, row, mask, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [BLOCK_K, BLOCK_M], a column per `row` [BLOCK_M] of x [..., K].
+    offs_k = start + tl.arange(0, BLOCK_K)
+    mask = mask[:, None]
+    if K % BLOCK_K:
+        mask = mask & (offs_k < K)[None, :]
+    return tl.trans(tl.load(x_ptr + row[:, None] * K + offs_k[None, :], mask=mask, other=0.0))
 
 
 @triton.jit
@@ -36,7 +80,7 @@ def _gated_experts_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program: a block of outputs of one token and one of its experts.
+    # One program: a block of outputs of a pair.
     wait_for_previous(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -47,7 +91,7 @@ def _gated_experts_kernel(
     up_ptr = weight_ptr + (offs_n + num_outs).to(tl.int64)[:, None] * stride_n
     gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in tl.static_range(0, K, BLOCK_K):
         x = vector_tile(x_ptr, start, K, BLOCK_K)
         gates += weight_tile(gate_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
         ups += weight_tile(up_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
@@ -55,6 +99,53 @@ def _gated_experts_kernel(
     gate = tl.sum(gates, axis=1).to(dtype).to(tl.float32)
     up = tl.sum(ups, axis=1).to(dtype).to(tl.float32)
     tl.store(out_ptr + pair * num_outs + offs_n, gated(gate, up, dtype, GELU), mask=mask_n)
+
+
+@triton.jit
+def _shared_gated_experts_kernel(
+    x_ptr,
+    weight_ptr,
+    index_ptr,
+    out_ptr,
+    stride_e,
+    stride_n,
+    num_tokens,
+    num_outs,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    GELU: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_TOP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One program: a block of outputs of an expert, for every token that chose it.
+    wait_for_previous(EARLY)
+    pair = tl.program_id(0)
+    expert = tl.load(index_ptr + pair)
+    pairs = pairs_of_expert(index_ptr, pair, expert, num_tokens, TOP_K, BLOCK_TOP, BLOCK_M)
+    if tl.min(pairs, axis=0) == pair:
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n, mask_m = offs_n < num_outs, pairs != NO_PAIR
+        token = tl.arange(0, BLOCK_M)
+        gate_ptr = weight_ptr + expert * stride_e + offs_n.to(tl.int64)[:, None] * stride_n
+        up_ptr = weight_ptr + expert * stride_e
+        up_ptr += (offs_n + num_outs).to(tl.int64)[:, None] * stride_n
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            rows = picked_rows_tile(x_ptr, token, mask_m, start, K, BLOCK_K)
+            weight = weight_tile(gate_ptr, start, mask_n, K, BLOCK_K)
+            gate = add_product(gate, weight, rows, UPCAST)
+            weight = weight_tile(up_ptr, start, mask_n, K, BLOCK_K)
+            up = add_product(up, weight, rows, UPCAST)
+        dtype = out_ptr.dtype.element_ty
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        offs = offs_n[:, None] + pairs.to(tl.int64)[None, :] * num_outs
+        result = gated(gate, up, dtype, GELU)
+        tl.store(out_ptr + offs, result, mask=mask_n[:, None] & mask_m[None, :])
 
 
 def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) -> Tensor:
@@ -81,27 +172,24 @@ def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) 
             f"expected x [T, D] and weight [E, 2 * I, D], got {list(x.shape)} and "
             f"{list(weight.shape)}"
         )
-    (tokens, top_k), num_outs = index.shape, weight.shape[1] // 2
+    (tokens, top_k), (width, num_outs) = index.shape, (x.shape[1], weight.shape[1] // 2)
     out = x.new_empty(tokens, top_k, num_outs)
     if out.numel() == 0:
         return out
-    tiles = blocks(x[:1], num_outs)
-    del tiles["BLOCK_M"]
-    grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+    args = (x.contiguous(), weight, index.contiguous(), out, *weight.stride()[:2])
+    options = {"TOP_K": top_k, "K": width, "GELU": activation == "gelu_tanh"}
+    options |= launch_options(x.device, tokens)
     with torch.cuda.device_of(x):
-        _gated_experts_kernel[grid](
-            x.contiguous(),
-            weight,
-            index.contiguous(),
-            out,
-            *weight.stride()[:2],
-            num_outs,
-            TOP_K=top_k,
-            K=x.shape[-1],
-            GELU=activation == "gelu_tanh",
-            **launch_options(x.device, tokens),
-            **tiles,
-        )
+        if shares_experts(index, weight):
+            tiles = blocks(x, num_outs, 2)
+            grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            options["BLOCK_TOP"] = triton.next_power_of_2(top_k)
+            options["UPCAST"] = INTERPRETED and x.dtype == torch.bfloat16
+            _shared_gated_experts_kernel[grid](*args, tokens, num_outs, **options, **tiles)
+        else:
+            tiles = pair_blocks(width, 2, 2)
+            grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            _gated_experts_kernel[grid](*args, num_outs, **options, **tiles)
     return out
 
 
@@ -119,3 +207,35 @@ def check_experts(x: Tensor, weight: Tensor, index: Tensor, width: int) -> None:
             f"index: expected int64 [T, k] on {x.device}, got {index.dtype} {list(index.shape)} on "
             f"{index.device}"
         )
+
+
+def shares_experts(index: Tensor, weight: Tensor) -> bool:
+    """Say whether to serve all tokens of an expert by one program, from the shapes alone.
+
+    That pays once experts have half a pair on average. It takes a dtype that tensor cores multiply
+    exactly, and no more tokens than a tile has columns.
+    """
+    return (
+        1 < len(index) <= MOST_SKINNY_ROWS
+        and weight.dtype in (torch.float16, torch.bfloat16)
+        and 2 * index.numel() >= len(weight)
+    )
+
+
+def pair_blocks(width: int, rows: int, tiles: int = 1) -> dict[str, int]:
+    """Choose tiles for programs that load some 16 KB in a few steps, unrolled to overlap.
+
+    Args:
+        width: Of what is summed up.
+        rows: Rows of weights per output, a power of two: gate and up-projection, or experts.
+        tiles: Among which the rows are divided.
+    """
+    padded = triton.next_power_of_2(width)
+    block_n = max(min(_PROGRAM_WEIGHTS // (rows * padded), 16), 1)
+    # A power of two that divides the width leaves no lane idle. Less than 16 bytes per thread, or
+    # many steps, would cost more than that.
+    block_k = max(width & -width, 8 * _PROGRAM_THREADS * tiles // (rows * block_n))
+    if 16 * block_k < width:
+        block_k = 2048
+    block_k = max(min(block_k, padded, _PROGRAM_WEIGHTS // rows), 1)
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": _PROGRAM_THREADS // 32}
