@@ -7,7 +7,7 @@ import torch
 
 import patchkit
 from patchkit.compat import CACHE_KEYWORD
-from patchkit.decoding.streaming import StreamedLinears
+from patchkit.decoding.launches import StepLaunches
 from patchkit.moe import reference
 from patchkit.moe.experts import find_formula
 from patchkit.moe.kernels.combined_experts import combined_experts
@@ -122,7 +122,7 @@ def test_a_step_with_experts(family, rows):
         calls = model._patchkit.backend.calls
         before = calls["combined_experts", "triton"]
         step = {"position_ids": torch.full((rows, 1), 8, device=DEVICE), CACHE_KEYWORD: store}
-        with StreamedLinears(model._patchkit.backend, together=True):
+        with StepLaunches(model._patchkit.backend, together=True):
             got = model(ids[:, -1:], **step).logits[:, -1]
     assert calls["combined_experts", "triton"] - before == len(experts_of(model))
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
