@@ -11,13 +11,16 @@ import torch.nn.functional as F
 
 import patchkit
 from patchkit import H2O, TOVA, AdaKV, Window, backends
+from patchkit.attention.kernels.append import append
 from patchkit.attention.store_layer import StoreLayer
 from patchkit.backends import Backend
 from patchkit.compat import CACHE_KEYWORD
+from patchkit.decoding.kernels.rotary import rotary
 from patchkit.decoding.launches import StepLaunches, looks_through_torch
 from patchkit.decoding.rotary import FusedRotary
 from patchkit.testing import FAMILIES, reference_attention, tiny_model
 
+from ..attention.test_kernels_rotary_append import Case, Step
 from .helpers import DEVICE, random
 
 
@@ -189,6 +192,23 @@ def test_what_was_normalised_and_rotated_is_there_for_whoever_kept_it(monkeypatc
     assert calls["rotary"] == 2
     for got, want in zip(*steps, strict=True):
         assert torch.equal(got, want) and got.stride() == want.stride()
+
+
+@pytest.mark.parametrize("valid", [None, [True, False]])
+def test_tokens_of_padding_are_appended_alone(valid):
+    case = Case(batch_size=2)
+    step, plain = (Step(case, torch.float32) for _ in range(2))
+    backend = Backend("triton")
+    valid = valid if valid is None else torch.tensor(valid, device=DEVICE)[:, None]
+    args = (step.q, step.k, step.cos, step.sin)
+    with torch.no_grad(), StepLaunches(backend, together=True):
+        q, k = backend.run("decoding", "rotary", step.k.device, *args)
+        backend.run("attention", "append", step.k.device, *step.store, k, step.v, valid)
+    plain.outs = rotary(*args)
+    append(*plain.store, plain.outs[1], plain.v, valid)
+    for got, want in zip((q, k, *step.store), (*plain.outs, *plain.store), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert backend.calls["rotary_append", "triton"] == (valid is None)
 
 
 def test_a_copied_store_has_a_backend_of_its_own():
