@@ -77,6 +77,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     from patchkit.attention.kernels.evict_lowest import evict_lowest
     from patchkit.attention.kernels.pool_scores import pool_scores
     from patchkit.attention.kernels.prefill_attention import prefill_attention
+    from patchkit.attention.kernels.rotary_append import rotary_append
     from patchkit.attention.kernels.select_top import select_top
     from patchkit.attention.kernels.window_statistics import window_statistics
 
@@ -138,6 +139,16 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
     step = torch.zeros(batch_size, heads * groups, 1, head_dim, dtype=dtype)
     lse = torch.zeros(batch_size, heads * groups, 1)
     append(*held, seen, keys[:, :, :1], values[:, :, :1], list_start=first)
+    new, outs = (keys[:, :, :1], values[:, :, :1]), (step.clone(), keys[:, :, :1].contiguous())
+    cos, weights = keys[:1, 0, :1], [keys[0, 0, 0]] * 2
+    token = (*held, seen, step, *new, cos, cos, outs)
+    shared = [t[:, :1].contiguous().expand_as(t) for t in held[:3]]
+    rotary_append(*token)
+    rotary_append(*token, None, weights, outs, eps=1e-6, round_first=True)
+    rotary_append(*shared, *token[3:], first, weights, outs, eps=1e-6, offset=1.0)
+    narrow = cos[..., : head_dim // 2]
+    for options in ({"interleaved": True}, {"table": "half", "wide": True}):
+        rotary_append(*token[:8], narrow, narrow, outs, **options)
     decode_attention(step, *held, seen, scale=0.1, lse=lse, list_start=first)
     listed = (keys, position, length, seen, lse, scores[0])
     attention_mass(step, *listed, scale=0.1, decay=0.5, list_start=first)

@@ -78,8 +78,7 @@ def layer_bytes(model: PreTrainedModel, batch_size: int, length: int) -> list[tu
     return [
         ("rms_norm", "norm before attention", 2 * rows),
         ("skinny_linear", "queries, keys, values", qkv),
-        ("rotary", "rotary embedding", 4 * batch_size * (queries + keys)),
-        ("append", "append to the store", 2 * new),
+        ("rotary_append", "rotary embedding, append", 4 * batch_size * queries + 5 * new // 2),
         ("decode_attention", "attention", length * new),
         ("merge", "merge of splits", 0),
         ("skinny_linear", "output, residual", weights["self_attn.o_proj"]),

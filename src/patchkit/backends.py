@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from patchkit.errors import BackendError
 
@@ -84,7 +85,14 @@ class Backend:
         return "triton"
 
     def run(self, area: str, op: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-        """Call operation `op` of `area` on the implementation that `device` calls for."""
+        """Call operation `op` of `area` on the implementation that `device` calls for.
+
+        Modes of torch see the call as they see those of torch's own functions, `func` being
+        `Backend.run`; kernels read memory by themselves.
+        """
+        if has_torch_function((device,)):  # which has none: a mode is there
+            call = (self, area, op, device, *args)
+            return handle_torch_function(Backend.run, (), *call, **kwargs)
         used = self.choose(device)
         self.calls[op, used] += 1
         return _load(area, op, used)(*args, **kwargs)

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
 from patchkit.backends import Backend
+from patchkit.decoding.launches import StepLaunches, looks_through_torch
 from patchkit.decoding.reference import MOST_SKINNY_ROWS
-from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
 from patchkit.token_choice import TokenChoice
 
 RESERVE = 1024
@@ -291,7 +291,7 @@ class StepGraph:
         with contextlib.ExitStack() as stack:
             if self._few:
                 together = looks_through_torch(self._model)
-                stack.enter_context(StreamedLinears(self._backend, together))
+                stack.enter_context(StepLaunches(self._backend, together))
             outputs = self._model(**self._inputs, return_dict=True)
         self.logits = outputs.logits[:, -1].to(torch.float32, copy=True)
         assert self._position is not None

@@ -16,7 +16,7 @@ from patchkit.decoding import reference
 from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.skinny_gated_linear import skinny_gated_linear
 from patchkit.decoding.kernels.skinny_linear import skinny_linear
-from patchkit.decoding.streaming import StreamedLinears, looks_through_torch
+from patchkit.decoding.launches import StepLaunches, looks_through_torch
 from patchkit.testing import FAMILIES, reference_attention, tiny_model
 
 from .helpers import DEVICE, by_dtype, random
@@ -103,7 +103,7 @@ def test_only_a_few_plain_rows_are_answered():
     backend = Backend("triton")
     layer = nn.Linear(24, 40, device=DEVICE).requires_grad_(False)
     alien = random(40, 24).as_subclass(Quantised)
-    with torch.no_grad(), StreamedLinears(backend):
+    with torch.no_grad(), StepLaunches(backend):
         served = layer(random(1, 1, 24)) * 1
         assert backend.calls["skinny_linear", "triton"] == 1
         layer(random(2, 1, 24))
@@ -150,7 +150,7 @@ def test_maps_wait_only_where_nothing_reads_memory_by_itself():
     assert not looks_through_torch(model)
     backend = Backend("triton")
     x, weight = random(24), random(40, 24)
-    with torch.no_grad(), StreamedLinears(backend):
+    with torch.no_grad(), StepLaunches(backend):
         got = F.linear(x, weight)
         assert backend.calls["skinny_linear", "triton"] == 1
     torch.testing.assert_close(got, F.linear(x, weight))
@@ -166,7 +166,7 @@ def test_maps_wait_until_somebody_looks():
     def count() -> int:
         return calls["skinny_linear", "triton"]
 
-    with torch.no_grad(), StreamedLinears(backend, together=True):
+    with torch.no_grad(), StepLaunches(backend, together=True):
         heads = F.linear(x, a).view(1, 1, 5, 8).transpose(1, 2)
         keys, values = F.linear(x, b), F.linear(x, c)
         assert heads.shape == (1, 5, 1, 8) and count() == 0
@@ -199,7 +199,7 @@ def test_a_residual_is_added_in_the_same_launch():
     backend = Backend("triton")
     x, residual = random(1, 1, 24), random(1, 1, 40, seed=2)
     weight = random(40, 24, seed=3)
-    with torch.no_grad(), StreamedLinears(backend, together=True):
+    with torch.no_grad(), StepLaunches(backend, together=True):
         mapped = F.linear(x, weight)
         total = residual + mapped
         assert backend.calls["skinny_linear", "triton"] == 1
@@ -225,7 +225,7 @@ def test_a_residual_is_added_in_the_same_launch():
 def test_what_waits_is_no_weight_of_the_same_launch():
     backend = Backend("triton")
     x, weight = random(1, 24), random(40, 24)
-    with torch.no_grad(), StreamedLinears(backend, together=True):
+    with torch.no_grad(), StepLaunches(backend, together=True):
         flat = F.linear(x.flatten(), weight)
         biased = F.linear(x.flatten(), weight, flat)
         square = F.linear(x, random(24, 24, seed=5))
@@ -240,7 +240,7 @@ def test_an_error_inside_is_not_hidden():
     with (
         pytest.raises(RuntimeError, match="on purpose"),
         torch.no_grad(),
-        StreamedLinears(backend, True),
+        StepLaunches(backend, True),
     ):
         F.linear(random(24), random(40, 24))
         raise RuntimeError("on purpose")
@@ -260,7 +260,7 @@ def test_a_step_of_every_family(family):
         backend = model._patchkit.backend
         before = backend.calls["skinny_linear", "triton"]
         step = {"position_ids": torch.tensor([[8]], device=DEVICE)}
-        with StreamedLinears(backend, together=True):
+        with StepLaunches(backend, together=True):
             got = model(ids[:, -1:], **step, **options, **{CACHE_KEYWORD: store}).logits[:, -1]
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     layers = model.config.get_text_config().num_hidden_layers
@@ -332,7 +332,7 @@ def test_a_step_of_several_rows_in_half_precision():
             backend.calls[op, "triton"] for op in ("skinny_linear", "skinny_gated_linear")
         )
         step = {"position_ids": torch.full((3, 1), 8, device=DEVICE), CACHE_KEYWORD: store}
-        with StreamedLinears(backend, together=True):
+        with StepLaunches(backend, together=True):
             got = model(ids[:, -1:], **step).logits[:, -1]
     layers = model.config.num_hidden_layers
     assert backend.calls["skinny_linear", "triton"] - before == 3 * layers + 1

@@ -7,7 +7,7 @@ import torch
 
 import patchkit
 from patchkit.compat import CACHE_KEYWORD
-from patchkit.decoding.streaming import StreamedLinears
+from patchkit.decoding.launches import StepLaunches
 from patchkit.moe import reference
 from patchkit.moe.experts import find_formula
 from patchkit.moe.kernels.combined_experts import combined_experts
@@ -184,7 +184,7 @@ def test_a_step_with_experts(family, rows, dtype):
         calls = model._patchkit.backend.calls
         before = calls["combined_experts", "triton"]
         step = {"position_ids": torch.full((rows, 1), 8, device=DEVICE), CACHE_KEYWORD: store}
-        with StreamedLinears(model._patchkit.backend, together=True):
+        with StepLaunches(model._patchkit.backend, together=True):
             got = model(ids[:, -1:], **step).logits[:, -1]
     assert calls["combined_experts", "triton"] - before == len(experts_of(model))
     limit = 2e-4 if dtype == torch.float32 else 2e-2

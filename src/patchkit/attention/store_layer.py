@@ -307,6 +307,8 @@ class StoreLayer(CacheLayerMixin):
                 "a store does not follow a model that moves"
             )
         new_tokens = key_states.shape[-2]
+        if not key_states.dtype == value_states.dtype == self.dtype:  # else nobody looks at them
+            key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
         self._step = self._forward.step
         if self.list_start is not None and (new_tokens > 1 or self.record_past):
             self._unpack(new_tokens)  # a list has room for one token, which evicts another
@@ -322,8 +324,8 @@ class StoreLayer(CacheLayerMixin):
             *self.lists(),
             self.length,
             self.seen,
-            key_states.to(self.dtype),
-            value_states.to(self.dtype),
+            key_states,
+            value_states,
             valid,
             start=None if self.ragged or self._per_head else self.filled,
             list_start=self.list_start,

@@ -21,7 +21,13 @@ MOST_SKINNY_ROWS = 64
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, round_first: bool = False
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    round_first: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Divide every row by its root mean square, then multiply by the weight, in float32.
 
@@ -32,6 +38,7 @@ def rms_norm(
         offset: Added to the weight: 1 for Gemma, else 0.
         round_first: Round to the dtype of `x` before the product with the weight as well as after
             (Llama and most others; not Gemma, gpt-oss and OLMo 2).
+        out: As `x`. Written and returned if given.
 
     Returns:
         `[..., D]`, in the dtype of `x`.
@@ -43,7 +50,8 @@ def rms_norm(
     normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
     if round_first:
         normed = normed.to(x.dtype)
-    return (normed * (weight.to(normed.dtype) + offset)).to(x.dtype)
+    normed = (normed * (weight.to(normed.dtype) + offset)).to(x.dtype)
+    return normed if out is None else out.copy_(normed)
 
 
 def gated_activation(
@@ -96,6 +104,12 @@ def rotary_fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, table: Table)
     )
 
 
+def rotary_outs(q: Tensor, k: Tensor, *, contiguous: bool) -> tuple[Tensor, Tensor]:
+    """Allocate what `rotary` returns."""
+    layout = torch.contiguous_format if contiguous else torch.preserve_format
+    return torch.empty_like(q, memory_format=layout), torch.empty_like(k, memory_format=layout)
+
+
 def rotary(
     q: Tensor,
     k: Tensor,
@@ -106,7 +120,8 @@ def rotary(
     table: Table = "full",
     wide: bool = False,
     contiguous: bool = False,
-) -> tuple[Tensor, Tensor]:
+    outs: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
     """Rotate pairs of elements of queries and keys: `(x, y)` to `(x cos - y sin, y cos + x sin)`.
 
     Args:
@@ -121,6 +136,7 @@ def rotary(
             not read; the first is as in `"half"`.
         wide: Compute in float32, or else round each product to the dtype that torch promotes to.
         contiguous: Lay the results out as `[B, H, S, D]`, or else as `q` and `k` are.
+        outs: As `q` and `k`. Written and returned if given.
 
     Returns:
         The rotated `q` and `k`, in their dtype.
@@ -136,9 +152,10 @@ def rotary(
         )
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
-    def rotate(x: Tensor) -> Tensor:
-        layout = torch.contiguous_format if contiguous else torch.preserve_format
-        out = x.clone(memory_format=layout)
+    if outs is None:
+        outs = rotary_outs(q, k, contiguous=contiguous)
+    for x, out in zip((q, k), outs, strict=True):
+        out[..., rotated:] = x[..., rotated:]
         x = x[..., :rotated]
         if wide:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -148,9 +165,7 @@ def rotary(
             first, second = x.chunk(2, dim=-1)
             turned = torch.cat((-second, first), dim=-1)
         out[..., :rotated] = x * cos + turned * sin
-        return out
-
-    return rotate(q), rotate(k)
+    return outs
 
 
 def is_skinny(x: Tensor) -> bool:

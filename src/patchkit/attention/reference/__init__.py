@@ -23,7 +23,13 @@ from patchkit.attention.reference.attention import (
     prefill_attention,
     window_statistics,
 )
-from patchkit.attention.reference.slots import append, compact, evict_lowest, select_top
+from patchkit.attention.reference.slots import (
+    append,
+    compact,
+    evict_lowest,
+    rotary_append,
+    select_top,
+)
 
 __all__ = [
     "append",
@@ -34,6 +40,7 @@ __all__ = [
     "evict_lowest",
     "pool_scores",
     "prefill_attention",
+    "rotary_append",
     "select_top",
     "window_statistics",
 ]

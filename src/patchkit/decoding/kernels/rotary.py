@@ -5,18 +5,53 @@ Bytes floor: queries and keys read once and written once, a row of cos and sin r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.decoding.reference import Table, rotary_fits, rotated_elements
+from patchkit.decoding.reference import Table, rotary_fits, rotary_outs, rotated_elements
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["rotary"]
 
 _PAIRS_AT_ONCE = 1024
 _MANY_TOKENS = 1024  # as many programs keep a GPU busy
+
+
+@triton.jit
+def angles(
+    cos_ptr,
+    sin_ptr,
+    stride_cw,
+    stride_sw,
+    offs_p,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    # float32, of the first and the second element of every pair.
+    mask = offs_p < PAIRS
+    first = 2 * offs_p if INTERLEAVED and FULL else offs_p
+    cos_1 = tl.load(cos_ptr + first * stride_cw, mask=mask, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin_ptr + first * stride_sw, mask=mask, other=0.0).to(tl.float32)
+    cos_2, sin_2 = cos_1, sin_1
+    if FULL:
+        second = first + (1 if INTERLEAVED else PAIRS)
+        cos_2 = tl.load(cos_ptr + second * stride_cw, mask=mask, other=0.0).to(tl.float32)
+        sin_2 = tl.load(sin_ptr + second * stride_sw, mask=mask, other=0.0).to(tl.float32)
+    return cos_1, sin_1, cos_2, sin_2
+
+
+@triton.jit
+def turn(x_1, x_2, cos_1, sin_1, cos_2, sin_2, dtype: tl.constexpr, WIDE: tl.constexpr):
+    # Pairs in float32 to pairs in `dtype`, to which products are rounded too unless WIDE.
+    rounded: tl.constexpr = tl.float32 if WIDE else dtype
+    out_1 = (x_1 * cos_1).to(rounded).to(tl.float32) - (x_2 * sin_1).to(rounded).to(tl.float32)
+    out_2 = (x_2 * cos_2).to(rounded).to(tl.float32) + (x_1 * sin_2).to(rounded).to(tl.float32)
+    return out_1.to(dtype), out_2.to(dtype)
 
 
 @triton.jit
@@ -40,8 +75,6 @@ def _rotate(
     BLOCK_REST: tl.constexpr,
 ):
     """Rotate a block of heads of one token."""
-    dtype = out_ptr.dtype.element_ty
-    rounded = tl.float32 if WIDE else dtype
     offs_h = head + tl.arange(0, BLOCK_H)
     mask_h = offs_h < HEADS
     x_ptrs = x_ptr + offs_h.to(tl.int64)[:, None] * stride_h
@@ -53,10 +86,9 @@ def _rotate(
 
     x_1 = tl.load(x_ptrs + first, mask=mask, other=0.0).to(tl.float32)
     x_2 = tl.load(x_ptrs + second, mask=mask, other=0.0).to(tl.float32)
-    out_1 = (x_1 * cos_1).to(rounded).to(tl.float32) - (x_2 * sin_1).to(rounded).to(tl.float32)
-    out_2 = (x_2 * cos_2).to(rounded).to(tl.float32) + (x_1 * sin_2).to(rounded).to(tl.float32)
-    tl.store(out_ptrs + first, out_1.to(dtype), mask=mask)
-    tl.store(out_ptrs + second, out_2.to(dtype), mask=mask)
+    out_1, out_2 = turn(x_1, x_2, cos_1, sin_1, cos_2, sin_2, out_ptr.dtype.element_ty, WIDE)
+    tl.store(out_ptrs + first, out_1, mask=mask)
+    tl.store(out_ptrs + second, out_2, mask=mask)
 
     if 2 * PAIRS < D:
         offs_d = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
@@ -114,15 +146,9 @@ def _rotary_kernel(
     sin_ptr += b * stride_sb + s * stride_ss
 
     offs_p = tl.arange(0, BLOCK_P)[None, :]
-    mask_p = offs_p < PAIRS
-    first = 2 * offs_p if INTERLEAVED and FULL else offs_p
-    cos_1 = tl.load(cos_ptr + first * stride_cw, mask=mask_p, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin_ptr + first * stride_sw, mask=mask_p, other=0.0).to(tl.float32)
-    cos_2, sin_2 = cos_1, sin_1
-    if FULL:
-        second = first + (1 if INTERLEAVED else PAIRS)
-        cos_2 = tl.load(cos_ptr + second * stride_cw, mask=mask_p, other=0.0).to(tl.float32)
-        sin_2 = tl.load(sin_ptr + second * stride_sw, mask=mask_p, other=0.0).to(tl.float32)
+    cos_1, sin_1, cos_2, sin_2 = angles(
+        cos_ptr, sin_ptr, stride_cw, stride_sw, offs_p, PAIRS, INTERLEAVED, FULL
+    )
 
     Q_BLOCKS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     K_BLOCKS: tl.constexpr = (K_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -151,7 +177,8 @@ def rotary(
     table: Table = "full",
     wide: bool = False,
     contiguous: bool = False,
-) -> tuple[Tensor, Tensor]:
+    outs: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
     """Rotate pairs of elements of every query and key.
 
     It rounds where eager PyTorch does, to the same bits.
@@ -165,6 +192,7 @@ def rotary(
         table: Which columns of `cos` and `sin` belong to them, see `reference.rotary`.
         wide: Compute in float32, or else round each product.
         contiguous: Lay the results out as `[B, H, S, D]`, or else as `q` and `k` are.
+        outs: Where to write the results, as `q` and `k`, last stride 1.
 
     Returns:
         The rotated `q` and `k`.
@@ -172,13 +200,15 @@ def rotary(
     Raises:
         ValueError: Shapes, dtypes, devices or strides are others.
     """
-    if not rotary_fits(q, k, cos, sin, table=table):
+    if outs is None:
+        outs = rotary_outs(q, k, contiguous=contiguous)
+    if not rotary_fits(q, k, cos, sin, table=table) or not _alike(outs, (q, k)):
         raise ValueError(
             f"expected q and k [B, H, S, D] with last stride 1, cos and sin [B or 1, S, W], of one "
-            f"device and with dtypes that agree; got {[_describe(x) for x in (q, k, cos, sin)]}"
+            "device and with dtypes that agree, and outs as q and k; got "
+            f"{[_describe(x) for x in (q, k, cos, sin, *outs)]}"
         )
-    layout = torch.contiguous_format if contiguous else torch.preserve_format
-    q_out, k_out = (torch.empty_like(x, memory_format=layout) for x in (q, k))
+    q_out, k_out = outs
     batch_size, q_heads, tokens, dim = q.shape
     k_heads, pairs = k.shape[1], rotated_elements(cos, table) // 2
     if q.numel() + k.numel() == 0:
@@ -217,6 +247,12 @@ def rotary(
             enable_fp_fusion=False,  # a fused multiply-add would not round the product
         )
     return q_out, k_out
+
+
+def _alike(outs: Sequence[Tensor], like: Sequence[Tensor]) -> bool:
+    return [(x.shape, x.dtype, x.device, x.stride(-1)) for x in outs] == [
+        (x.shape, x.dtype, x.device, 1) for x in like
+    ]
 
 
 def _describe(x: Tensor) -> str:
