@@ -44,6 +44,7 @@ from patchkit.token_choice import TokenChoice
 from .decoding.helpers import call
 
 VOCAB = 97
+BACKEND = Backend()
 CALL = call()
 STEPS = 24
 WIDTH = 256
@@ -126,7 +127,7 @@ def buffer_of(prompt):
 def agree(own, prompt, steps=STEPS, spoil=lambda logits: logits):
     """Run a processor and its translation side by side; return in how many steps it acts."""
     ids, count = buffer_of(prompt)
-    twin = on_device(own, ids, prompt.shape[1])
+    twin = on_device(own, ids, prompt.shape[1], BACKEND)
     effects = 0
     for step in range(steps):
         logits = spoil(logits_of(step, prompt.shape[0]))
@@ -205,7 +206,9 @@ def test_the_penalty_may_skip_the_padding_of_each_row():
     assert agree(own, batch()) == STEPS
     mixed = RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=padding[:2])
     ids, _ = buffer_of(batch())
-    assert on_device(mixed, ids, PROMPT) is None  # transformers has something to say about it
+    assert (
+        on_device(mixed, ids, PROMPT, BACKEND) is None
+    )  # transformers has something to say about it
 
 
 @pytest.mark.skipif(not HAS_RAGGED_PENALTY, reason="transformers takes no such ids yet")
@@ -231,7 +234,7 @@ def test_nothing_waits_for_the_device(name):
     ids = torch.zeros(3, WIDTH, dtype=torch.int64, device="meta")
     count = torch.zeros(1, dtype=torch.int64, device="meta")
     scores = torch.zeros(3, VOCAB, device="meta")
-    assert on_device(own, ids, PROMPT)(ids, count, scores).shape == scores.shape
+    assert on_device(own, ids, PROMPT, BACKEND)(ids, count, scores).shape == scores.shape
 
 
 def test_what_is_not_known_stays_on_the_host():
@@ -257,7 +260,7 @@ def test_what_is_not_known_stays_on_the_host():
         strange,
     ]
     ids, _ = buffer_of(batch())
-    assert [on_device(own, ids, PROMPT) for own in unknown] == [None] * len(unknown)
+    assert [on_device(own, ids, PROMPT, BACKEND) for own in unknown] == [None] * len(unknown)
 
 
 def test_tokens_that_do_not_exist_are_refused_by_transformers():
@@ -266,7 +269,7 @@ def test_tokens_that_do_not_exist_are_refused_by_transformers():
         NoBadWordsLogitsProcessor([[VOCAB]]),
     ):
         ids, count = buffer_of(batch())
-        twin = on_device(own, ids, PROMPT)
+        twin = on_device(own, ids, PROMPT, BACKEND)
         with pytest.raises(ValueError, match="vocabulary size is 97"):
             twin(ids, count, logits_of(0, 3))
 

@@ -8,6 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import patchkit
 from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget, engine
+from patchkit.backends import Backend
 from patchkit.token_choice import draw
 
 from .engine_helpers import (
@@ -117,8 +118,8 @@ def chi_square(counts, probabilities):
 def test_draws_follow_the_softmax():
     scores = torch.tensor([1.5, 0.0, -0.5, 0.7, 0.1, -1.0], device=DEVICE)
     torch.manual_seed(0)
-    race, sound = draw(scores.expand(60_000, -1))
-    tokens = race.argmax(-1)
+    sound = torch.tensor(True, device=DEVICE)
+    tokens = draw(scores.expand(60_000, -1), sound, Backend())
     drawn = tokens.bincount(minlength=6).double().cpu()
     assert sound
     probabilities = scores.double().softmax(-1).cpu()
