@@ -41,7 +41,7 @@ from patchkit.device_processors import on_device
 from patchkit.testing import left_padded_batch
 from patchkit.token_choice import TokenChoice
 
-from .decoding.helpers import call
+from .decoding.helpers import DEVICE, call
 
 VOCAB = 97
 BACKEND = Backend()
@@ -156,6 +156,40 @@ def test_scores_are_those_of_transformers(name):
         return logits
 
     assert agree(KNOWN[name](), batch(), spoil=spoil) > 0
+
+
+TRUNCATING = {
+    "top-k": lambda: TopKLogitsWarper(5),
+    "top-k, at least": lambda: TopKLogitsWarper(2, min_tokens_to_keep=7, filter_value=-50.0),
+    "top-p": lambda: TopPLogitsWarper(0.7),
+    "top-p, filled": lambda: TopPLogitsWarper(0.4, filter_value=-50.0),
+    "min-p": lambda: MinPLogitsWarper(0.1),
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATING)
+def test_kernels_keep_what_transformers_keeps(name):
+    ids, count = (tensor.to(DEVICE) for tensor in buffer_of(batch()))
+    own, backend = TRUNCATING[name](), Backend("triton")
+    twin = on_device(own, ids, PROMPT, backend)
+    for step in range(STEPS):
+        scores = logits_of(step, 3).masked_fill(logits_of(step + 99, 3) < -1, -math.inf)
+        scores = scores.to(DEVICE)
+        want = own(ids, scores.clone())
+        assert torch.equal(twin(ids, count, scores), want) and not torch.equal(want, scores)
+        wide = scores.double()  # of a custom processor; runs as it is
+        assert torch.equal(twin(ids, count, wide), own(ids, wide))
+    assert backend.calls.total() == STEPS
+
+
+@pytest.mark.parametrize("warper", [TopPLogitsWarper, MinPLogitsWarper])
+def test_what_has_to_keep_several_tokens_runs_as_it_is(warper):
+    ids, count = buffer_of(batch())
+    own, backend = warper(0.5, min_tokens_to_keep=4), Backend("triton")
+    scores = logits_of(0, 3) * 9
+    got = on_device(own, ids, PROMPT, backend)(ids, count, scores)
+    assert torch.equal(got, own(ids, scores)) and (got > -math.inf).sum() == 12
+    assert not backend.calls
 
 
 @pytest.mark.parametrize("name", UNSEEN)

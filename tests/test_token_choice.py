@@ -56,6 +56,29 @@ def test_tokens_scores_and_logits_are_those_of_transformers(choice):
             torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
+TRUNCATED = {
+    "top-k": {"top_k": 5},
+    "top-p": {"top_k": 0, "top_p": 0.8},
+    "both": {"top_k": 20, "top_p": 0.7, "temperature": 1.4},
+    "min-p": {"top_k": 0, "min_p": 0.1, "temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize("choice", TRUNCATED)
+def test_kernels_draw_the_tokens_of_transformers(choice):
+    model, rows = build(), []
+    options = TRUNCATED[choice] | {"do_sample": True, "max_new_tokens": 12, "pad_token_id": 0}
+    for backend in (None, "triton"):
+        torch.manual_seed(11)
+        patchkit.apply(model, backend=backend) if backend else None
+        rows.append(model.generate(**batch_of(), **options))
+    assert torch.equal(*rows)
+    ops = {op for op, used in model._patchkit.backend.calls if used == "triton"}
+    wanted = {"sample"}
+    wanted |= {"keep_likely"} if "min_p" in options else {"keep_top"}
+    assert ops & {"sample", "keep_top", "keep_likely", "argmax"} == wanted
+
+
 SCHEDULES = {
     "wave": CyclicReflex(amplitude=9.0, period=8, reflection_tokens=(11, 12), end_think=(7,)),
     "tip": TIP(delta=9.0, reflection_tokens=(11, 12), end_think=None, window="thought"),
