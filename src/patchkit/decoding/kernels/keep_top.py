@@ -135,12 +135,12 @@ def _range_of_bins(
         span = tl.minimum(tl.maximum(highest - lowest, 1e-30), 3e38)
     else:
         lowest = highest - span
-    return highest, lowest, _BINS / span
+    return highest, lowest, tl.div_rn(_BINS + 0.0, span)
 
 
 @triton.jit
 def _bin_of(score, highest, bins_per_unit):
-    # Spelt as one operation, so that two kernels cannot round differently.
+    # Of operations that two kernels cannot round differently.
     place = tl.fma(score - highest, bins_per_unit, _BINS + 0.0)
     place = tl.minimum(tl.maximum(place, 0.0), _BINS - 1.0)
     return tl.where(score <= highest, place, _BINS - 1.0).to(tl.int32)  # infinity and NaN on top
