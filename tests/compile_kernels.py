@@ -201,6 +201,7 @@ def decoding(dtype: torch.dtype) -> None:
         scores = torch.zeros(rows, 128256)
         for kept in ({"count": 1}, {"count": 50}, {"count": 500}, {"count": 5000}, {"mass": 0.9}):
             keep_top(scores, **kept)
+        keep_top(scores, count=50, mass=0.9)
         keep_likely(scores, ratio=0.1)
         sample(scores, scores, alive[0])
     held = (ids[:, None], ids[:, None].repeat(1, 9), ids[:1], alive, alive[0])

@@ -37,7 +37,7 @@ from transformers import (
 
 from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget
 from patchkit.backends import Backend
-from patchkit.device_processors import on_device
+from patchkit.device_processors import TopKThenTopP, merged, on_device
 from patchkit.testing import left_padded_batch
 from patchkit.token_choice import TokenChoice
 
@@ -80,6 +80,7 @@ KNOWN = {
     "temperature": lambda: TemperatureLogitsWarper(0.7),
     "top-k": lambda: TopKLogitsWarper(5),
     "top-p": lambda: TopPLogitsWarper(0.7),
+    "top-k, then top-p": lambda: TopKThenTopP(8, 0.8),
     "min-p": lambda: MinPLogitsWarper(0.1),
     "typical-p": lambda: TypicalLogitsWarper(0.5),
 }
@@ -164,6 +165,7 @@ TRUNCATING = {
     "top-p": lambda: TopPLogitsWarper(0.7),
     "top-p, filled": lambda: TopPLogitsWarper(0.4, filter_value=-50.0),
     "min-p": lambda: MinPLogitsWarper(0.1),
+    "top-k, then top-p": lambda: TopKThenTopP(8, 0.8),
 }
 
 
@@ -180,6 +182,17 @@ def test_kernels_keep_what_transformers_keeps(name):
         wide = scores.double()  # of a custom processor; runs as it is
         assert torch.equal(twin(ids, count, wide), own(ids, wide))
     assert backend.calls.total() == STEPS
+
+
+def test_top_k_and_the_top_p_behind_it_are_one():
+    heat, top_k = TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)
+    top_p, several = TopPLogitsWarper(0.7), TopPLogitsWarper(0.7, min_tokens_to_keep=2)
+    filled = TopKLogitsWarper(5, filter_value=-50.0)
+    for apart in ([top_k], [top_p, top_k], [top_k, heat, top_p], [filled, top_p], [top_k, several]):
+        assert merged(apart) == apart
+    first, both, last = merged([heat, top_k, top_p, top_p])
+    assert first is heat and last is top_p
+    assert (both.top_k, both.top_p) == (5, 0.7)
 
 
 @pytest.mark.parametrize("warper", [TopPLogitsWarper, MinPLogitsWarper])

@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 from harness import device_name, record, time_graph_us
 from torch import Tensor
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from patchkit.backends import Backend
-from patchkit.device_processors import on_device
+from patchkit.device_processors import merged, on_device
 from patchkit.token_choice import draw
 
 VOCAB_SIZE = 128_256
@@ -38,11 +38,10 @@ def truncation(warpers: list, batch_size: int, backend: Backend | None) -> Calla
     count = torch.ones(1, dtype=torch.int64, device="cuda")
 
     def run(scores: Tensor) -> Tensor:
-        for warper in warpers:
-            if backend is None:
-                scores = warper(ids, scores)
-            else:
-                scores = on_device(warper, ids, 1, backend)(ids, count, scores)
+        if backend is None:
+            return LogitsProcessorList(warpers)(ids, scores)
+        for warper in merged(warpers):
+            scores = on_device(warper, ids, 1, backend)(ids, count, scores)
         return scores
 
     return run

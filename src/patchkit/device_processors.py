@@ -11,7 +11,7 @@ brings a translation of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -46,6 +46,26 @@ from transformers import (
 
 from patchkit.backends import Backend
 
+
+class TopKThenTopP(LogitsProcessor):
+    """Top-k and top-p in one, so that one kernel serves both.
+
+    Args:
+        top_k: As of `TopKLogitsWarper`.
+        top_p: As of `TopPLogitsWarper`.
+    """
+
+    filter_value, min_tokens_to_keep = -math.inf, 1
+
+    def __init__(self, top_k: int, top_p: float) -> None:
+        self.top_k, self.top_p = top_k, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores `[B, V]` of which the others are removed."""
+        scores = TopKLogitsWarper(self.top_k)(input_ids, scores)
+        return TopPLogitsWarper(self.top_p)(input_ids, scores)
+
+
 _FUNCTIONS_OF_SCORES = (
     EpsilonLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -53,6 +73,7 @@ _FUNCTIONS_OF_SCORES = (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
+    TopKThenTopP,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
@@ -62,6 +83,7 @@ unless there is a kernel."""
 _KERNELS: dict[type, Callable[[Any], tuple[str, dict[str, Any]]]] = {
     TopKLogitsWarper: lambda own: ("keep_top", {"count": own.top_k}),
     TopPLogitsWarper: lambda own: ("keep_top", {"mass": own.top_p}),
+    TopKThenTopP: lambda own: ("keep_top", {"count": own.top_k, "mass": own.top_p}),
     MinPLogitsWarper: lambda own: ("keep_likely", {"ratio": own.min_p}),
 }
 """Operations that do what a processor of scores does that keeps at least one token, or, for top-k,
@@ -133,6 +155,22 @@ class DeviceProcessor:
     def _layout(self) -> Hashable:
         shapes = tuple((name, t.shape, t.dtype, t.device) for name, t in self.constants.items())
         return self.settings, shapes
+
+
+def merged(processors: Iterable[LogitsProcessor]) -> list[LogitsProcessor]:
+    """Put every top-k and the top-p that follows it into one processor, if both only remove."""
+    result: list[Any] = []
+    for new in processors:
+        held: Any = result[-1] if result else None
+        if (
+            (type(held), type(new)) == (TopKLogitsWarper, TopPLogitsWarper)
+            and held.filter_value == new.filter_value == -math.inf
+            and new.min_tokens_to_keep == 1
+        ):
+            result[-1] = TopKThenTopP(held.top_k, new.top_p)
+        else:
+            result.append(new)
+    return result
 
 
 def on_device(

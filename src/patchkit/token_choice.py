@@ -25,7 +25,7 @@ from transformers.generation import GenerationConfig
 
 from patchkit.backends import Backend
 from patchkit.decoding import reference
-from patchkit.device_processors import DeviceProcessor, on_device
+from patchkit.device_processors import DeviceProcessor, merged, on_device
 
 
 def draw(scores: Tensor, sound: Tensor, backend: Backend) -> Tensor:
@@ -105,10 +105,11 @@ class TokenChoice:
         self._unfinished.fill_(True)
         self.flags.fill_(True)
         self.history: tuple[Tensor, ...] | None = None
+        steps = merged(processors)
         with torch.inference_mode(False):
             self._processors = [
                 self._translate(processor, held)
-                for processor, held in zip_longest(processors, self._processors[: len(processors)])
+                for processor, held in zip_longest(steps, self._processors[: len(steps)])
             ]
         self._sampling = bool(config.do_sample)
         self._criteria = StoppingCriteriaList(

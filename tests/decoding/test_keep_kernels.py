@@ -187,6 +187,40 @@ def test_rows_without_probabilities_stay(row, op):
         assert got[1].tolist() == [9.0, 0.0, 0.0, 0.0]
 
 
+# -- both --------------------------------------------------------------------------------------
+
+
+@by_kind
+@pytest.mark.parametrize(
+    ("size", "count", "mass"),
+    [(5, 3, 0.6), (1000, 1, 0.9), (4097, 50, 0.0), (4097, 50, 0.8), (4097, 800, 0.9),
+     (4097, 4097, 0.6)],
+)  # fmt: skip
+@pytest.mark.parametrize("fill", [-INF, -30.0])
+def test_both_limits_are_one_after_the_other(kind, size, count, mass, fill):
+    scores = rows_of(kind, size)
+    got = run("kernel", "keep_top", scores, count=count, mass=mass, fill=fill)
+    few = run("kernel", "keep_top", scores, count=count, fill=fill)
+    assert torch.equal(got, run("kernel", "keep_top", few, mass=mass, fill=fill))
+    assert not torch.equal(got, few) or (few > fill).sum() <= 3 * 3 or kind == "huge"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [NAN, 1.0, 9.0, 2.0, 8.0],
+        [INF, 1.0, -INF, 2.0, 1.0],
+        [-INF] * 5,
+        [-INF, 3.0, 2.0, -INF, -INF],
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_both_limits_of_few_and_of_no_numbers(row, count):
+    scores = torch.tensor([row, [9.0, 8.9, 1.0, 1.0, 8.8]], device=DEVICE)
+    got, want = (f(scores, count=count, mass=0.5) for f in (keep_top, reference.keep_top))
+    assert same(got, want)
+
+
 # -- a share of the highest probability --------------------------------------------------------
 
 
@@ -209,8 +243,11 @@ def test_likely(ratio, size, kind, op):
 # -- all of them -------------------------------------------------------------------------------
 
 OPTIONS = [
-    ("keep_top", {"count": 40}), ("keep_top", {"mass": 0.8}), ("keep_likely", {"ratio": 0.02}),
-]  # fmt: skip
+    ("keep_top", {"count": 40}),
+    ("keep_top", {"mass": 0.8}),
+    ("keep_top", {"count": 40, "mass": 0.8}),
+    ("keep_likely", {"ratio": 0.02}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -243,8 +280,7 @@ def test_refuses_scores(name, options, scores):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("keep_top", {}, "^expected either"),
-        ("keep_top", {"count": 5, "mass": 0.5}, "^expected either"),
+        ("keep_top", {}, "^expected count or mass"),
         ("keep_top", {"count": 0}, "^count: expected"),
         ("keep_top", {"mass": 1.5}, "^mass: expected"),
         ("keep_top", {"mass": NAN}, "^mass: expected"),

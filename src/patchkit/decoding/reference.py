@@ -238,7 +238,7 @@ def argmax(scores: Tensor) -> Tensor:
 def keep_top(
     scores: Tensor, *, count: int | None = None, mass: float | None = None, fill: float = -math.inf
 ) -> Tensor:
-    """Keep the highest scores of every row: so many, or so much of the probability.
+    """Keep the highest scores of every row: so many, and then so much of their probability.
 
     Args:
         scores: `[B, V]`, any float dtype, V >= 1.
@@ -255,15 +255,17 @@ def keep_top(
     Source: arXiv 1805.04833 (top-k) and 1904.09751 (nucleus), by the formulas of transformers.
     Differs: none.
     """
-    if count is not None and mass is None:
+    if count is None and mass is None:
+        raise ValueError("expected count or mass, got neither")
+    if count is not None:
         least = scores.topk(min(count, scores.shape[1])).values[:, -1:]
-        return scores.masked_fill(scores < least, fill)
-    if mass is not None and count is None:
+        scores = scores.masked_fill(scores < least, fill)
+    if mass is not None:
         ordered, places = scores.sort()
         removed = ordered.softmax(-1).cumsum(-1) <= 1 - mass
         removed[:, -1] = False
-        return scores.masked_fill(removed.scatter(1, places, removed), fill)
-    raise ValueError(f"expected either count or mass, got {count} and {mass}")
+        scores = scores.masked_fill(removed.scatter(1, places, removed), fill)
+    return scores
 
 
 def keep_likely(scores: Tensor, *, ratio: float, fill: float = -math.inf) -> Tensor:

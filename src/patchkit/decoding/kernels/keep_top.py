@@ -7,7 +7,8 @@ weigh 1 each and `count` is needed, or `exp(score - highest)` and the part of al
 Four launches, the programs of a row each having a block of it: the highest scores of blocks, and
 thereby the range in which the threshold lies; the weights in equal bins of that range; the scores
 in the bin of the threshold, gathered; and, by bisection over these in every program, the
-threshold, by which blocks are written. A row whose scores nearly all lie in one bin is searched as
+threshold, by which blocks are written. With both limits the scores above the bin are gathered too,
+and the mass is found among them. A row whose scores nearly all lie in one bin is searched as
 a whole by each program, which takes long but ends.
 
 Bytes floor: the scores once and the result once. The scores are read four times, later from cache.
@@ -37,6 +38,7 @@ _INFINITY = tl.constexpr(float("inf"))
 _LOWEST_KEY = tl.constexpr(-(2**63))
 _HIGHEST_KEY = tl.constexpr(2**63 - 1)
 _HIGHEST_RANK = tl.constexpr(2**31 - 1)
+_INFINITE_KEY = tl.constexpr(0x7F800000 * 2**32)
 _CHUNK = tl.constexpr(1024)
 
 # Fields of `plan [B, _PLAN]`: the weights of bins, the number of candidates, and how much of their
@@ -156,6 +158,12 @@ def _weight_of(score, highest, one, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _need_of(total, share):
+    """Return how much of `total` weight has to stay if `share` of it may go."""
+    return tl.maximum(total - tl.floor(total.to(tl.float64) * share).to(tl.int64), 1)
+
+
+@triton.jit
 def _weigh_kernel(
     scores_ptr,
     peaks_ptr,
@@ -209,6 +217,7 @@ def _gather_kernel(
     span,
     share,
     COUNT: tl.constexpr,
+    MASS: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
     PEAKS: tl.constexpr,
@@ -226,17 +235,18 @@ def _gather_kernel(
     bins = tl.arange(0, _BINS)
     weights = tl.load(plan_ptr + bins)
     total = tl.sum(weights, axis=0)
-    if COUNT:
-        need = tl.full((), 0, tl.int64) + count
-    else:
-        need = total - tl.floor(total.to(tl.float64) * share).to(tl.int64)
-        need = tl.maximum(need, 1)
+    need = tl.full((), 0, tl.int64) + count if COUNT else _need_of(total, share)
     at_least = total - tl.cumsum(weights, axis=0) + weights  # in this bin or above
     found = tl.max(tl.where(at_least >= need, bins, -1), axis=0)
+    place = _bin_of(score, highest, bins_per_unit)
+    if COUNT and MASS:
+        match = place >= found
+    else:
+        match = place == found
+        need -= tl.sum(tl.where(bins > found, weights, 0), axis=0)
     if block == 0:
-        above = tl.sum(tl.where(bins > found, weights, 0), axis=0)
-        tl.store(plan_ptr + _NEED, tl.where(found >= 0, need - above, 0))
-    match = (score != -_INFINITY) & (_bin_of(score, highest, bins_per_unit) == found)
+        tl.store(plan_ptr + _NEED, tl.where(found >= 0, need, 0))
+    match &= score != -_INFINITY
     if COUNT:
         match &= ~(score < lowest)
     ones = match.to(tl.int32)
@@ -244,15 +254,15 @@ def _gather_kernel(
     if number > 0:
         first = tl.atomic_add(plan_ptr + _CANDIDATES, number.to(tl.int64), sem="relaxed")
         target = first + tl.cumsum(ones, axis=0) - ones
-        key = _key_of(score, index, COUNT)
+        key = _key_of(score, index, MASS)
         tl.store(candidates_ptr + row * num_scores + target, key, mask=match)
 
 
 @triton.jit
-def _key_of(score, index, COUNT: tl.constexpr):
-    """Return an integer of the same order, and without COUNT of the order of indices next."""
+def _key_of(score, index, MASS: tl.constexpr):
+    """Return an integer of the same order, and with MASS of the order of indices next."""
     key = ascending(score).to(tl.int64) << 32
-    return key if COUNT else key + index
+    return key + index if MASS else key
 
 
 @triton.jit
@@ -262,34 +272,8 @@ def _score_of(key):
 
 
 @triton.jit
-def _keep_top_kernel(
-    scores_ptr,
-    peaks_ptr,
-    plan_ptr,
-    candidates_ptr,
-    out_ptr,
-    stride_b,
-    stride_v,
-    num_scores,
-    num_peaks,
-    one,
-    fill,
-    COUNT: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PEAKS: tl.constexpr,
-):
-    # Find the highest key such that the candidates from it on weigh enough; write a block.
-    wait_for_previous(EARLY)
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    mask = index < num_scores
-    score = tl.load(scores_ptr + row * stride_b + index * stride_v, mask=mask, other=0.0)
-    highest = highest_of(peaks_ptr + row * tl.num_programs(1) * PEAKS, num_peaks)
-    need = tl.load(plan_ptr + row * _PLAN + _NEED)
-    number = tl.load(plan_ptr + row * _PLAN + _CANDIDATES).to(tl.int32)
-    candidates_ptr += row * num_scores
-    low = tl.full((), _LOWEST_KEY, tl.int64)
+def _threshold(candidates_ptr, number, need, low, highest, one, COUNT: tl.constexpr):
+    """Return the highest key from which on candidates weigh `need`, or else `low`."""
     high = tl.where(need > 0, _HIGHEST_KEY, low)
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # half of their sum, rounded up
@@ -307,10 +291,60 @@ def _keep_top_kernel(
         if tl.sum(weights, axis=0) >= need:
             low = tl.min(lowest_above, axis=0)
         else:
-            high = tl.max(highest_below, axis=0)
+            high = tl.maximum(tl.max(highest_below, axis=0), low)
+    return low
+
+
+@triton.jit
+def _keep_top_kernel(
+    scores_ptr,
+    peaks_ptr,
+    plan_ptr,
+    candidates_ptr,
+    out_ptr,
+    stride_b,
+    stride_v,
+    num_scores,
+    num_peaks,
+    share,
+    one,
+    fill,
+    COUNT: tl.constexpr,
+    MASS: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PEAKS: tl.constexpr,
+):
+    # Find the threshold among the candidates; write a block.
+    wait_for_previous(EARLY)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    index = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    mask = index < num_scores
+    score = tl.load(scores_ptr + row * stride_b + index * stride_v, mask=mask, other=0.0)
+    highest = highest_of(peaks_ptr + row * tl.num_programs(1) * PEAKS, num_peaks)
+    need = tl.load(plan_ptr + row * _PLAN + _NEED)
+    number = tl.load(plan_ptr + row * _PLAN + _CANDIDATES).to(tl.int32)
+    candidates_ptr += row * num_scores
+    low = tl.full((), _LOWEST_KEY, tl.int64)
+    low = _threshold(candidates_ptr, number, need, low, highest, one, COUNT)
     if COUNT:
         low = tl.where((low >> 32) == _HIGHEST_RANK, _LOWEST_KEY, low)  # nothing is below NaN
-    kept = tl.where(_key_of(score, index, COUNT) >= low, score, fill)
+    if COUNT and MASS:
+        low = (low >> 32) << 32  # all that are equal
+        weights = tl.zeros((_CHUNK,), tl.int64)
+        top = tl.full((_CHUNK,), _LOWEST_KEY, tl.int64)
+        for start in range(0, number, _CHUNK):
+            offs = start + tl.arange(0, _CHUNK)
+            key = tl.load(candidates_ptr + offs, mask=offs < number, other=_LOWEST_KEY)
+            weight = _weight_of(_score_of(key), highest, one, False)
+            weights += tl.where((offs < number) & (key >= low), weight, 0)
+            top = tl.maximum(top, key)
+        need = _need_of(tl.sum(weights, axis=0), share)
+        need = tl.where(
+            tl.max(top, axis=0) < _INFINITE_KEY, need, 0
+        )  # otherwise all that are left stay
+        low = _threshold(candidates_ptr, number, need, low, highest, one, False)
+    kept = tl.where(_key_of(score, index, MASS) >= low, score, fill)
     tl.store(out_ptr + row * num_scores + index, kept, mask=mask)
 
 
@@ -325,7 +359,7 @@ def check_scores(scores: Tensor) -> None:
 def keep_top(
     scores: Tensor, *, count: int | None = None, mass: float | None = None, fill: float = -math.inf
 ) -> Tensor:
-    """Keep the highest scores of every row: so many, or so much of the probability.
+    """Keep the highest scores of every row: so many, and then so much of their probability.
 
     Args:
         scores: `[B, V]` float32, any strides, V >= 1.
@@ -339,20 +373,24 @@ def keep_top(
         `[B, V]` float32, contiguous.
 
     Raises:
-        ValueError: `scores` has another shape or dtype, not exactly one of `count` and `mass` is
-            given, or it is out of range.
+        ValueError: `scores` has another shape or dtype, neither `count` nor `mass` is given, or one
+            is out of range.
     """
     check_scores(scores)
-    if (count is None) == (mass is None):
-        raise ValueError(f"expected either count or mass, got {count} and {mass}")
+    if count is None and mass is None:
+        raise ValueError("expected count or mass, got neither")
     if count is not None and count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     if mass is not None and not 0 <= mass <= 1:
         raise ValueError(f"mass: expected a number in [0, 1], got {mass}")
+    if count is not None and mass is not None and (count > _CHUNK.value or fill != -math.inf):
+        # Too many candidates, or what was removed takes part again.
+        return keep_top(keep_top(scores, count=count, fill=fill), mass=mass, fill=fill)
     batch_size, num_scores = scores.shape
     out = torch.empty(batch_size, num_scores, device=scores.device)
     if batch_size == 0:
         return out
+    has_count, has_mass = count is not None, mass is not None
     group, count = BLOCK, min(count or 0, num_scores)
     while group > _SMALLEST_GROUP and triton.cdiv(num_scores, group) < count:
         group //= 2
@@ -370,23 +408,24 @@ def keep_top(
     candidates = torch.empty(batch_size, num_scores, dtype=torch.int64, device=scores.device)
     grid = (batch_size, num_blocks)
     options = {
-        "COUNT": mass is None,
+        "COUNT": has_count,
         **launch_options(scores.device, batch_size),
         "BLOCK": BLOCK,
         "PEAKS": BLOCK // group,
         "num_warps": 8,
     }
-    given = (*scores.stride(), num_scores)
-    limits = (num_peaks, count, span)
+    given, limits = (*scores.stride(), num_scores), (num_peaks, count, span)
     with torch.cuda.device_of(scores):
         survey_kernel[grid](scores, peaks, lows, plan, *given, HAS_PLAN=True, **options)
         _weigh_kernel[grid](scores, peaks, lows, plan, *given, *limits, one, **options)
+        options["MASS"] = has_mass
         _gather_kernel[grid](
             scores, peaks, lows, plan, candidates, *given, *limits, share, **options
         )
         _keep_top_kernel[grid](
-            scores, peaks, plan, candidates, out, *given, num_peaks, one, fill, **options
-        )
+            scores, peaks, plan, candidates, out, *given, num_peaks, share, one, float(fill),
+            **options,
+        )  # fmt: skip
     return out
 
 
