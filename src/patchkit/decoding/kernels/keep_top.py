@@ -340,9 +340,8 @@ def _keep_top_kernel(
             weights += tl.where((offs < number) & (key >= low), weight, 0)
             top = tl.maximum(top, key)
         need = _need_of(tl.sum(weights, axis=0), share)
-        need = tl.where(
-            tl.max(top, axis=0) < _INFINITE_KEY, need, 0
-        )  # otherwise all that are left stay
+        # With infinity or NaN all that are left stay.
+        need = tl.where(tl.max(top, axis=0) < _INFINITE_KEY, need, 0)
         low = _threshold(candidates_ptr, number, need, low, highest, one, False)
     kept = tl.where(_key_of(score, index, MASS) >= low, score, fill)
     tl.store(out_ptr + row * num_scores + index, kept, mask=mask)
