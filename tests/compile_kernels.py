@@ -168,9 +168,12 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 def decoding(dtype: torch.dtype) -> None:
     from patchkit.decoding.kernels.argmax import argmax
     from patchkit.decoding.kernels.gated_activation import gated_activation
+    from patchkit.decoding.kernels.keep_likely import keep_likely
+    from patchkit.decoding.kernels.keep_top import keep_top
     from patchkit.decoding.kernels.logit_wave import logit_wave
     from patchkit.decoding.kernels.rms_norm import rms_norm
     from patchkit.decoding.kernels.rotary import rotary
+    from patchkit.decoding.kernels.sample import sample
     from patchkit.decoding.kernels.settle import settle
     from patchkit.decoding.kernels.skinny_gated_linear import skinny_gated_linear
     from patchkit.decoding.kernels.skinny_linear import skinny_linear
@@ -207,6 +210,13 @@ def decoding(dtype: torch.dtype) -> None:
     ids = torch.tensor([1, 2, 3])
     argmax(logits)
     alive = torch.ones(3, dtype=torch.bool)
+    for rows in (2, 32):  # launched early or not
+        scores = torch.zeros(rows, 128256)
+        for kept in ({"count": 1}, {"count": 50}, {"count": 500}, {"count": 5000}, {"mass": 0.9}):
+            keep_top(scores, **kept)
+        keep_top(scores, count=50, mass=0.9)
+        keep_likely(scores, ratio=0.1)
+        sample(scores, scores, alive[0])
     held = (ids[:, None], ids[:, None].repeat(1, 9), ids[:1], alive, alive[0])
     settle(ids, *held)
     settle(ids, *held, ids[:1], ids[None])

@@ -37,13 +37,14 @@ from transformers import (
 
 from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget
 from patchkit.backends import Backend
-from patchkit.device_processors import on_device
+from patchkit.device_processors import TopKThenTopP, merged, on_device
 from patchkit.testing import left_padded_batch
 from patchkit.token_choice import TokenChoice
 
-from .decoding.helpers import call
+from .decoding.helpers import DEVICE, call
 
 VOCAB = 97
+BACKEND = Backend()
 CALL = call()
 STEPS = 24
 WIDTH = 256
@@ -79,6 +80,7 @@ KNOWN = {
     "temperature": lambda: TemperatureLogitsWarper(0.7),
     "top-k": lambda: TopKLogitsWarper(5),
     "top-p": lambda: TopPLogitsWarper(0.7),
+    "top-k, then top-p": lambda: TopKThenTopP(8, 0.8),
     "min-p": lambda: MinPLogitsWarper(0.1),
     "typical-p": lambda: TypicalLogitsWarper(0.5),
 }
@@ -126,7 +128,7 @@ def buffer_of(prompt):
 def agree(own, prompt, steps=STEPS, spoil=lambda logits: logits):
     """Run a processor and its translation side by side; return in how many steps it acts."""
     ids, count = buffer_of(prompt)
-    twin = on_device(own, ids, prompt.shape[1])
+    twin = on_device(own, ids, prompt.shape[1], BACKEND)
     effects = 0
     for step in range(steps):
         logits = spoil(logits_of(step, prompt.shape[0]))
@@ -155,6 +157,52 @@ def test_scores_are_those_of_transformers(name):
         return logits
 
     assert agree(KNOWN[name](), batch(), spoil=spoil) > 0
+
+
+TRUNCATING = {
+    "top-k": lambda: TopKLogitsWarper(5),
+    "top-k, at least": lambda: TopKLogitsWarper(2, min_tokens_to_keep=7, filter_value=-50.0),
+    "top-p": lambda: TopPLogitsWarper(0.7),
+    "top-p, filled": lambda: TopPLogitsWarper(0.4, filter_value=-50.0),
+    "min-p": lambda: MinPLogitsWarper(0.1),
+    "top-k, then top-p": lambda: TopKThenTopP(8, 0.8),
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATING)
+def test_kernels_keep_what_transformers_keeps(name):
+    ids, count = (tensor.to(DEVICE) for tensor in buffer_of(batch()))
+    own, backend = TRUNCATING[name](), Backend("triton")
+    twin = on_device(own, ids, PROMPT, backend)
+    for step in range(STEPS):
+        scores = logits_of(step, 3).masked_fill(logits_of(step + 99, 3) < -1, -math.inf)
+        scores = scores.to(DEVICE)
+        want = own(ids, scores.clone())
+        assert torch.equal(twin(ids, count, scores), want) and not torch.equal(want, scores)
+        wide = scores.double()  # of a custom processor; runs as it is
+        assert torch.equal(twin(ids, count, wide), own(ids, wide))
+    assert backend.calls.total() == STEPS
+
+
+def test_top_k_and_the_top_p_behind_it_are_one():
+    heat, top_k = TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)
+    top_p, several = TopPLogitsWarper(0.7), TopPLogitsWarper(0.7, min_tokens_to_keep=2)
+    filled = TopKLogitsWarper(5, filter_value=-50.0)
+    for apart in ([top_k], [top_p, top_k], [top_k, heat, top_p], [filled, top_p], [top_k, several]):
+        assert merged(apart) == apart
+    first, both, last = merged([heat, top_k, top_p, top_p])
+    assert first is heat and last is top_p
+    assert (both.top_k, both.top_p) == (5, 0.7)
+
+
+@pytest.mark.parametrize("warper", [TopPLogitsWarper, MinPLogitsWarper])
+def test_what_has_to_keep_several_tokens_runs_as_it_is(warper):
+    ids, count = buffer_of(batch())
+    own, backend = warper(0.5, min_tokens_to_keep=4), Backend("triton")
+    scores = logits_of(0, 3) * 9
+    got = on_device(own, ids, PROMPT, backend)(ids, count, scores)
+    assert torch.equal(got, own(ids, scores)) and (got > -math.inf).sum() == 12
+    assert not backend.calls
 
 
 @pytest.mark.parametrize("name", UNSEEN)
@@ -205,7 +253,9 @@ def test_the_penalty_may_skip_the_padding_of_each_row():
     assert agree(own, batch()) == STEPS
     mixed = RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=padding[:2])
     ids, _ = buffer_of(batch())
-    assert on_device(mixed, ids, PROMPT) is None  # transformers has something to say about it
+    assert (
+        on_device(mixed, ids, PROMPT, BACKEND) is None
+    )  # transformers has something to say about it
 
 
 @pytest.mark.skipif(not HAS_RAGGED_PENALTY, reason="transformers takes no such ids yet")
@@ -231,7 +281,7 @@ def test_nothing_waits_for_the_device(name):
     ids = torch.zeros(3, WIDTH, dtype=torch.int64, device="meta")
     count = torch.zeros(1, dtype=torch.int64, device="meta")
     scores = torch.zeros(3, VOCAB, device="meta")
-    assert on_device(own, ids, PROMPT)(ids, count, scores).shape == scores.shape
+    assert on_device(own, ids, PROMPT, BACKEND)(ids, count, scores).shape == scores.shape
 
 
 def test_what_is_not_known_stays_on_the_host():
@@ -257,7 +307,7 @@ def test_what_is_not_known_stays_on_the_host():
         strange,
     ]
     ids, _ = buffer_of(batch())
-    assert [on_device(own, ids, PROMPT) for own in unknown] == [None] * len(unknown)
+    assert [on_device(own, ids, PROMPT, BACKEND) for own in unknown] == [None] * len(unknown)
 
 
 def test_tokens_that_do_not_exist_are_refused_by_transformers():
@@ -266,7 +316,7 @@ def test_tokens_that_do_not_exist_are_refused_by_transformers():
         NoBadWordsLogitsProcessor([[VOCAB]]),
     ):
         ids, count = buffer_of(batch())
-        twin = on_device(own, ids, PROMPT)
+        twin = on_device(own, ids, PROMPT, BACKEND)
         with pytest.raises(ValueError, match="vocabulary size is 97"):
             twin(ids, count, logits_of(0, 3))
 

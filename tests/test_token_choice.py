@@ -8,6 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import patchkit
 from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget, engine
+from patchkit.backends import Backend
 from patchkit.token_choice import draw
 
 from .engine_helpers import (
@@ -53,6 +54,29 @@ def test_tokens_scores_and_logits_are_those_of_transformers(choice):
     for name in ("scores", "logits"):
         for got, want in zip(ours[name], plain[name], strict=True):
             torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+TRUNCATED = {
+    "top-k": {"top_k": 5},
+    "top-p": {"top_k": 0, "top_p": 0.8},
+    "both": {"top_k": 20, "top_p": 0.7, "temperature": 1.4},
+    "min-p": {"top_k": 0, "min_p": 0.1, "temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize("choice", TRUNCATED)
+def test_kernels_draw_the_tokens_of_transformers(choice):
+    model, rows = build(), []
+    options = TRUNCATED[choice] | {"do_sample": True, "max_new_tokens": 12, "pad_token_id": 0}
+    for backend in (None, "triton"):
+        torch.manual_seed(11)
+        patchkit.apply(model, backend=backend) if backend else None
+        rows.append(model.generate(**batch_of(), **options))
+    assert torch.equal(*rows)
+    calls = model._patchkit.backend.calls
+    truncation = "keep_likely" if "min_p" in options else "keep_top"
+    assert calls[truncation, "triton"] == calls["sample", "triton"] > 0  # one for both limits
+    assert not calls["argmax", "triton"]
 
 
 SCHEDULES = {
@@ -117,8 +141,8 @@ def chi_square(counts, probabilities):
 def test_draws_follow_the_softmax():
     scores = torch.tensor([1.5, 0.0, -0.5, 0.7, 0.1, -1.0], device=DEVICE)
     torch.manual_seed(0)
-    race, sound = draw(scores.expand(60_000, -1))
-    tokens = race.argmax(-1)
+    sound = torch.tensor(True, device=DEVICE)
+    tokens = draw(scores.expand(60_000, -1), sound, Backend())
     drawn = tokens.bincount(minlength=6).double().cpu()
     assert sound
     probabilities = scores.double().softmax(-1).cpu()

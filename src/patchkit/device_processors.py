@@ -3,14 +3,15 @@
 transformers' processors read how long `input_ids` is on the host, and some read the ids themselves
 there. A `DeviceProcessor` gets the whole id buffer and the number of its valid columns as a tensor.
 It works with fixed shapes, waits for nothing, and gives the scores of the processor that it stands
-for, bit for bit. `on_device` translates the processors of transformers that are known here, and any
-processor that brings a translation of its own.
+for, bit for bit, or, where a kernel truncates, the same tokens as far as rounding lets it.
+`on_device` translates the processors of transformers that are known here, and any processor that
+brings a translation of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -43,6 +44,28 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from patchkit.backends import Backend
+
+
+class TopKThenTopP(LogitsProcessor):
+    """Top-k and top-p in one, so that one kernel serves both.
+
+    Args:
+        top_k: As of `TopKLogitsWarper`.
+        top_p: As of `TopPLogitsWarper`.
+    """
+
+    filter_value, min_tokens_to_keep = -math.inf, 1
+
+    def __init__(self, top_k: int, top_p: float) -> None:
+        self.top_k, self.top_p = top_k, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores `[B, V]` of which the others are removed."""
+        scores = TopKLogitsWarper(self.top_k)(input_ids, scores)
+        return TopPLogitsWarper(self.top_p)(input_ids, scores)
+
+
 _FUNCTIONS_OF_SCORES = (
     EpsilonLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -50,10 +73,21 @@ _FUNCTIONS_OF_SCORES = (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
+    TopKThenTopP,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-"""Processors that look at the scores alone and never wait for the device: they run as they are."""
+"""Processors that look at the scores alone and never wait for the device: they run as they are,
+unless there is a kernel."""
+
+_KERNELS: dict[type, Callable[[Any], tuple[str, dict[str, Any]]]] = {
+    TopKLogitsWarper: lambda own: ("keep_top", {"count": own.top_k}),
+    TopPLogitsWarper: lambda own: ("keep_top", {"mass": own.top_p}),
+    TopKThenTopP: lambda own: ("keep_top", {"count": own.top_k, "mass": own.top_p}),
+    MinPLogitsWarper: lambda own: ("keep_likely", {"ratio": own.min_p}),
+}
+"""Operations that do what a processor of scores does that keeps at least one token, or, for top-k,
+any number."""
 
 _ALWAYS = (0, torch.iinfo(torch.int64).max)
 
@@ -123,8 +157,24 @@ class DeviceProcessor:
         return self.settings, shapes
 
 
+def merged(processors: Iterable[LogitsProcessor]) -> list[LogitsProcessor]:
+    """Put every top-k and the top-p that follows it into one processor, if both only remove."""
+    result: list[Any] = []
+    for new in processors:
+        held: Any = result[-1] if result else None
+        if (
+            (type(held), type(new)) == (TopKLogitsWarper, TopPLogitsWarper)
+            and held.filter_value == new.filter_value == -math.inf
+            and new.min_tokens_to_keep == 1
+        ):
+            result[-1] = TopKThenTopP(held.top_k, new.top_p)
+        else:
+            result.append(new)
+    return result
+
+
 def on_device(
-    processor: LogitsProcessor, ids: Tensor, prompt_length: int
+    processor: LogitsProcessor, ids: Tensor, prompt_length: int, backend: Backend
 ) -> DeviceProcessor | None:
     """Translate a processor of one `generate()` call; None if only the host can run it.
 
@@ -135,15 +185,31 @@ def on_device(
         processor: Of exactly one of the types known here, or with a translation of its own.
         ids: `[B, W]` int64, the buffer that it will read.
         prompt_length: Columns of `ids` that the prompt takes.
+        backend: Runs the kernels.
     """
     kind = type(processor)
     if "on_device" in vars(kind):
         return processor.on_device(ids, prompt_length)
     if kind in _FUNCTIONS_OF_SCORES and all(isinstance(v, Real) for v in vars(processor).values()):
         settings = (kind, *sorted(vars(processor).items()))
-        return DeviceProcessor(lambda ids, _, scores: processor(ids, scores), settings, {})
+        return DeviceProcessor(_function_of_scores(processor, backend), settings, {})
     translate = _TRANSLATIONS.get(kind)
     return None if translate is None else translate(processor, ids)
+
+
+def _function_of_scores(own: Any, backend: Backend) -> Callable[..., Tensor]:
+    """Return what a processor of scores alone does, by a kernel if there is one."""
+    kind = type(own)
+    if kind not in _KERNELS or (kind is not TopKLogitsWarper and own.min_tokens_to_keep > 1):
+        return lambda ids, _, scores: own(ids, scores)
+    op, kept = _KERNELS[kind](own)
+
+    def keep(ids: Tensor, _: Tensor, scores: Tensor) -> Tensor:
+        if scores.dtype != torch.float32:  # of a custom processor
+            return own(ids, scores)
+        return backend.run("decoding", op, scores.device, scores, **kept, fill=own.filter_value)
+
+    return keep
 
 
 # -- reading the prefix ------------------------------------------------------------------------

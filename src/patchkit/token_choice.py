@@ -24,21 +24,27 @@ from transformers import (
 from transformers.generation import GenerationConfig
 
 from patchkit.backends import Backend
-from patchkit.device_processors import DeviceProcessor, on_device
+from patchkit.decoding import reference
+from patchkit.device_processors import DeviceProcessor, merged, on_device
 
 
-def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample among the tokens of every row of `scores [B, V]` without waiting for the device.
+def draw(scores: Tensor, sound: Tensor, backend: Backend) -> Tensor:
+    """Sample a token of every row of `scores [B, V]` without waiting for the device.
 
-    This is the race of exponential variables by which `torch.multinomial` draws a single sample.
+    The noise is that of `torch.multinomial`, so it is drawn alike.
+
+    Args:
+        scores: `[B, V]`.
+        sound: `[]` bool. Written: False if any probability is not a number; otherwise it stays.
+        backend: Runs the kernels.
 
     Returns:
-        The race, `[B, V]`, which the drawn token of a row leads, and whether every probability was
-        a number, `[]` bool.
+        `[B]` int64.
     """
-    probabilities = scores.softmax(-1)
-    race = probabilities / torch.empty_like(probabilities).exponential_(1)
-    return race, probabilities.isfinite().all()
+    noise = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device).exponential_(1)
+    if scores.dtype != torch.float32 or scores.device != sound.device:  # of a custom processor
+        return reference.sample(scores, noise, sound)
+    return backend.run("decoding", "sample", scores.device, scores, noise, sound)
 
 
 class TokenChoice:
@@ -99,10 +105,11 @@ class TokenChoice:
         self._unfinished.fill_(True)
         self.flags.fill_(True)
         self.history: tuple[Tensor, ...] | None = None
+        steps = merged(processors)
         with torch.inference_mode(False):
             self._processors = [
                 self._translate(processor, held)
-                for processor, held in zip_longest(processors, self._processors[: len(processors)])
+                for processor, held in zip_longest(steps, self._processors[: len(steps)])
             ]
         self._sampling = bool(config.do_sample)
         self._criteria = StoppingCriteriaList(
@@ -125,7 +132,7 @@ class TokenChoice:
     def _translate(
         self, processor: LogitsProcessor, held: object
     ) -> DeviceProcessor | LogitsProcessorList:
-        twin = on_device(processor, self.ids, self.length)
+        twin = on_device(processor, self.ids, self.length, self._backend)
         return LogitsProcessorList([processor]) if twin is None else twin.renewed(held)
 
     @property
@@ -162,16 +169,13 @@ class TokenChoice:
             else:  # which may keep what it gets
                 logits = process(self.ids[:, : self.length].clone(), logits.clone())
         self.scores = logits
-        if self._sampling:
-            race, sound = draw(logits)
-            self.flags[1] &= sound
-        else:
-            race = logits
         run, alive = partial(self._backend.run, "decoding"), self.flags[0]
-        if race.dtype == torch.float64:  # of a custom processor; kernels know less
-            chosen = race.argmax(-1)
+        if self._sampling:
+            chosen = draw(logits, self.flags[1], self._backend)
+        elif logits.dtype == torch.float64:  # of a custom processor; kernels know less
+            chosen = logits.argmax(-1)
         else:
-            chosen = run("argmax", race.device, race)
+            chosen = run("argmax", logits.device, logits)
         device = self.ids.device
         held = (self.token, self.ids, self._column, self._unfinished, alive)
         run("settle", device, chosen.to(device), *held, self._pad, self._ends)

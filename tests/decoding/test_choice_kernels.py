@@ -1,4 +1,4 @@
-"""`argmax` and `settle`: kernels and references against torch and plain loops."""
+"""`argmax`, `sample` and `settle`: kernels and references against torch and plain loops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from patchkit.decoding import reference
 from patchkit.decoding.kernels.argmax import argmax
+from patchkit.decoding.kernels.sample import sample
 from patchkit.decoding.kernels.settle import settle
 
 from .helpers import DEVICE, by_dtype, random
@@ -60,6 +61,66 @@ def test_argmax_reads_rows_of_any_spacing():
 def test_argmax_refuses(scores):
     with pytest.raises(ValueError, match="^scores: expected"):
         argmax(scores.to(DEVICE))
+
+
+def noise_of(scores, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(scores.shape).exponential_(1, generator=generator).to(DEVICE)
+
+
+@BOTH
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 97), (20, 2048), (2, 50_257)])
+def test_sample(rows, size, op):
+    scores = random(rows, size) * 3
+    scores[:, 1::5] = -torch.inf
+    noise, sound = noise_of(scores), torch.tensor(True, device=DEVICE)
+    got = (sample if op == "kernel" else reference.sample)(scores, noise.clone(), sound)
+    race = scores.double().softmax(-1) / noise
+    first, second = race.topk(2).values.T if size > 1 else (race[:, 0], race[:, 0] * 0)
+    assert ((first - second) / first > 1e-5).all()  # none is within rounding
+    assert got.dtype == torch.int64 and torch.equal(got, race.argmax(-1))
+    assert sound
+
+
+@BOTH
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_sample_notes_what_is_no_probability(row, broken, op):
+    scores = random(2, 5000)
+    if broken == -torch.inf:
+        scores[row] = broken
+    else:
+        scores[row, 4500] = broken
+    sound = torch.tensor(True, device=DEVICE)
+    run = sample if op == "kernel" else reference.sample
+    assert 0 <= run(scores, noise_of(scores), sound)[row] < 5000
+    assert not sound
+    run(random(2, 5000), noise_of(scores), sound)
+    assert not sound  # it stays
+
+
+def test_sample_reads_rows_of_any_spacing():
+    scores, sound = random(300, 2, 6)[:, 1].T, torch.tensor(True, device=DEVICE)
+    noise = noise_of(scores)
+    assert torch.equal(sample(scores, noise, sound), sample(scores.contiguous(), noise, sound))
+    assert sample(scores[:0], noise[:0], sound).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scores", torch.ones(2, 3, dtype=torch.float64)),
+        ("noise", torch.ones(2, 4)),
+        ("noise", torch.ones(3, 2).T),
+        ("noise", torch.ones(2, 3, dtype=torch.bfloat16)),
+        ("sound", torch.ones(1, dtype=torch.bool)),
+        ("sound", torch.tensor(1)),
+    ],
+)
+def test_sample_refuses(name, value):
+    given = {"scores": torch.ones(2, 3), "noise": torch.ones(2, 3), "sound": torch.tensor(True)}
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        sample(**{k: v.to(DEVICE) for k, v in (given | {name: value}).items()})
 
 
 def state(rows, ends, pad, seed=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -247,6 +248,72 @@ def argmax(scores: Tensor) -> Tensor:
         `[B]` int64.
     """
     return scores.argmax(-1)
+
+
+def keep_top(
+    scores: Tensor, *, count: int | None = None, mass: float | None = None, fill: float = -math.inf
+) -> Tensor:
+    """Keep the highest scores of every row: so many, and then so much of their probability.
+
+    Args:
+        scores: `[B, V]`, any float dtype, V >= 1.
+        count: How many; as many as there are if these are fewer. All that equal the last stay too.
+        mass: How much: scores stay if those above them hold less than this share of the softmax, in
+            [0, 1]. Of equal scores the last ones count as the higher ones (in this reference as far
+            as `torch.sort` keeps their order). The highest always stays, and a row with NaN or
+            infinity, or without a number, stays as it is.
+        fill: What the others are replaced by.
+
+    Returns:
+        `[B, V]`, as `scores`.
+
+    Source: arXiv 1805.04833 (top-k) and 1904.09751 (nucleus), by the formulas of transformers.
+    Differs: none.
+    """
+    if count is None and mass is None:
+        raise ValueError("expected count or mass, got neither")
+    if count is not None:
+        least = scores.topk(min(count, scores.shape[1])).values[:, -1:]
+        scores = scores.masked_fill(scores < least, fill)
+    if mass is not None:
+        ordered, places = scores.sort()
+        removed = ordered.softmax(-1).cumsum(-1) <= 1 - mass
+        removed[:, -1] = False
+        scores = scores.masked_fill(removed.scatter(1, places, removed), fill)
+    return scores
+
+
+def keep_likely(scores: Tensor, *, ratio: float, fill: float = -math.inf) -> Tensor:
+    """Keep the scores that are at least `ratio` times as probable as the highest of their row.
+
+    Args:
+        scores: `[B, V]`, any float dtype, V >= 1.
+        ratio: In [0, 1]. A row with NaN or infinity, or without a number, stays as it is.
+        fill: What the others are replaced by.
+
+    Returns:
+        `[B, V]`, as `scores`.
+
+    Source: Min-p Sampling, arXiv 2407.01082, by the formula of transformers. Differs: none.
+    """
+    probabilities = scores.softmax(-1)
+    return scores.masked_fill(probabilities < ratio * probabilities.amax(-1, keepdim=True), fill)
+
+
+def sample(scores: Tensor, noise: Tensor, sound: Tensor) -> Tensor:
+    """Draw a token of every row by a race of exponential variables, as `torch.multinomial` does.
+
+    Args:
+        scores: `[B, V]`, any float dtype, V >= 1.
+        noise: As `scores`, drawn by `exponential_(1)`. May be overwritten.
+        sound: `[]` bool. Written: False if any probability is not a number; otherwise it stays.
+
+    Returns:
+        `[B]` int64. Any token if a probability of the row is not a number.
+    """
+    probabilities = scores.softmax(-1)
+    sound &= probabilities.isfinite().all()
+    return (probabilities / noise).argmax(-1)
 
 
 def settle(

@@ -23,26 +23,36 @@ _INDICES = tl.constexpr(2**32 - 1)
 
 
 @triton.jit
+def ascending(score):
+    """Return an int32 of the same order for every float32. Zeros are equal, NaN is above all."""
+    bits = score.to(tl.int32, bitcast=True)
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats ascend as integers descend
+    rank = tl.where(bits == _NEGATIVE_ZERO, 0, rank)
+    return tl.where(score != score, _HIGHEST_RANK, rank)
+
+
+@triton.jit
+def argmax_key(score, index, mask):
+    """Return one 64-bit key per score: an integer of the same order, then its index, inverted."""
+    key = (ascending(score).to(tl.int64) << 32) + (index ^ _INDICES)
+    return tl.where(mask, key, _LOWEST_KEY)
+
+
+@triton.jit
 def _argmax_kernel(
     scores_ptr, keys_ptr, stride_b, stride_v, num_scores, EARLY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # One 64-bit key per score: an integer of the same order, then its index, inverted.
     wait_for_previous(EARLY)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     mask = index < num_scores
     score = tl.load(scores_ptr + row * stride_b + index * stride_v, mask=mask, other=0.0)
-    score = score.to(tl.float32)
-    bits = score.to(tl.int32, bitcast=True)
-    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats ascend as integers descend
-    rank = tl.where(bits == _NEGATIVE_ZERO, 0, rank)
-    rank = tl.where(score != score, _HIGHEST_RANK, rank)
-    key = tl.where(mask, (rank.to(tl.int64) << 32) + (index ^ _INDICES), _LOWEST_KEY)
+    key = argmax_key(score.to(tl.float32), index, mask)
     tl.store(keys_ptr + row * tl.num_programs(1) + block, tl.max(key, axis=0))
 
 
 @triton.jit
-def _best_block_kernel(keys_ptr, out_ptr, num_blocks, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+def best_block_kernel(keys_ptr, out_ptr, num_blocks, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((BLOCK,), _LOWEST_KEY, tl.int64)
@@ -81,5 +91,5 @@ def argmax(scores: Tensor) -> Tensor:
         _argmax_kernel[(batch_size, num_blocks)](
             scores, keys, *scores.stride(), num_scores, **early, BLOCK=_BLOCK, num_warps=8
         )
-        _best_block_kernel[(batch_size,)](keys, out, num_blocks, **early, BLOCK=128)
+        best_block_kernel[(batch_size,)](keys, out, num_blocks, **early, BLOCK=128)
     return out
