@@ -8,7 +8,7 @@ from torch import nn
 
 import patchkit
 from patchkit.compat import CACHE_KEYWORD
-from patchkit.decoding.streaming import StreamedLinears
+from patchkit.decoding.launches import StepLaunches
 from patchkit.moe import reference
 from patchkit.moe.kernels.top_experts import top_experts
 from patchkit.moe.router import TopExperts, find_formula
@@ -266,7 +266,7 @@ def test_logits_are_those_of_the_model(family, options):
             cache = model(ids[:, :-1], use_cache=True)[CACHE_KEYWORD]
             step = {"position_ids": torch.full((2, 1), 8, device=DEVICE), CACHE_KEYWORD: cache}
             before = kernel_calls(model)
-            with StreamedLinears(model._patchkit.backend, together=True):
+            with StepLaunches(model._patchkit.backend, together=True):
                 last = model(ids[:, -1:], **step).logits
             assert kernel_calls(model) - before == routers
             torch.testing.assert_close(last, want.logits[:, -1:], atol=2e-4, rtol=2e-4)
@@ -294,7 +294,7 @@ def served(router, x, **kwargs):
 
 def test_a_step_answers_the_linear_map(router):
     x, calls = random(1, 64), vars(router)["_patchkit"].backend.calls
-    with StreamedLinears(vars(router)["_patchkit"].backend, together=True):
+    with StepLaunches(vars(router)["_patchkit"].backend, together=True):
         got = router(x)
     assert calls["skinny_linear", "triton"] == calls["top_experts", "triton"] == 1
     for ours, theirs in zip(got, type(router).forward(router, x), strict=True):
