@@ -52,7 +52,7 @@ def test_operations_are_what_they_are_inside_of_other_modes():
 
 
 def step_of(model, rows=1, prompt=8, together=True, **inputs):
-    """Feed a prompt and then one token per row, as a decoding step does.
+    """Feed a prompt, with more inputs perhaps, and then one token per row, as a step does.
 
     Returns:
         The logits of the step, how often it called each operation, and the store.
@@ -63,8 +63,6 @@ def step_of(model, rows=1, prompt=8, together=True, **inputs):
         store = model(ids[:, :-1], use_cache=True, **inputs)[CACHE_KEYWORD]
         before = Counter(backend.calls)
         step = {"position_ids": torch.full((rows, 1), prompt, device=DEVICE), CACHE_KEYWORD: store}
-        if "attention_mask" in inputs:
-            step["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
         with StepLaunches(backend, together):
             logits = model(ids[:, -1:], **step).logits[:, -1]
     return logits, Counter({op: n for (op, _), n in (backend.calls - before).items()}), store
