@@ -1,9 +1,9 @@
 """Choose between a Triton kernel and its plain PyTorch reference, and count which one ran.
 
-An operation `op` of an area (`"attention"`, `"decoding"`) exists twice under one signature:
+An operation `op` of an area ("attention", "decoding", "moe") exists twice under one signature:
 `patchkit.<area>.kernels.<op>.<op>` (Triton) and `patchkit.<area>.reference.<op>` (the
-specification, also the CPU backend). Kernel modules are imported on first use, so patchkit
-works without triton.
+specification, also the CPU backend). Kernel modules are imported on first use, so patchkit works
+without triton.
 """
 
 from __future__ import annotations

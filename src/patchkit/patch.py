@@ -52,7 +52,7 @@ class Patch:
         configs: The model's own configuration copies, for `restore`.
         methods: Applied methods in order, each with the modules it acts on.
         skipped: Methods that found nothing to act on, with the reason (`strict=False`).
-        fused: Norms, MLPs and rotary embeddings that one kernel computes, of how many.
+        fused: Modules that kernels compute, of how many, by their kind.
         graphs: Recorded decoding steps.
         host_loops: How many calls ran transformers' own decoding loop on a GPU, by reason.
         lock: Held by the `generate()` call that runs; other threads wait for it.

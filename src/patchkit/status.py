@@ -43,9 +43,10 @@ class PatchReport:
         backend: Backend requested.
         methods: Applied methods in order, then the skipped ones.
         attention_layers: Attention modules served, of how many cache layers.
-        fused: Norms, MLPs and rotary embeddings that one kernel computes on a GPU, of how many.
+        fused: Norms, MLPs, rotary embeddings, routers and expert layers that kernels compute on a
+            GPU, of how many.
         calls: Calls so far, as `{operation: {implementation: count}}`; implementations are `triton`
-            (kernel launches), `reference` and `torch` (torch's own fused attention).
+            (kernels), `reference` and `torch` (torch's own fused attention).
         steps: Decoding steps so far on a GPU: `recorded` as a CUDA graph, `replayed`, and run
             `eager`ly (kernel by kernel).
         unrecorded: Why no step is recorded any more, or None.

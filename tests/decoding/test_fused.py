@@ -176,6 +176,24 @@ def test_other_formulas_are_left_alone():
     assert find_formula(llama.self_attn) is None
 
 
+@pytest.mark.parametrize("limit", [16.0, 1e3])
+@pytest.mark.parametrize("part", ["act_fn", "up_proj"])
+def test_mlps_that_clamp_are_not_taken_for_gated_ones(part, limit):
+    mlp = tiny_model("llama").model.layers[0].mlp
+    kind = type(mlp)
+
+    class Clamped(kind):
+        def forward(self, x):
+            gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+            if part == "act_fn":
+                return self.down_proj(gate.clamp(max=limit) * up)
+            return self.down_proj(gate * up.clamp(-limit, limit))
+
+    assert find_formula(mlp) is not None
+    mlp.__class__ = Clamped
+    assert find_formula(mlp) is None
+
+
 def test_finding_formulas_draws_no_random_numbers():
     model = tiny_model("llama")
     before = torch.get_rng_state()

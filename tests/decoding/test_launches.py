@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -116,6 +117,26 @@ def test_policies_see_what_they_do_without(method):
         stores.append([logits, *(t for layer in store.layers for t in layer.tensors().values())])
     for got, want in zip(*stores, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotation_that_waits_may_read_what_another_takes_over():
+    def run(together):
+        backend, device = Backend("triton"), torch.device(DEVICE)
+        q, k = [random(1, 4, 1, 8, seed=seed) for seed in (0, 1)], random(1, 2, 1, 8, seed=2)
+        weight, cos = random(8, seed=3), random(1, 1, 8, seed=4)
+        keys, position = torch.zeros(1, 2, 16, 8, device=device), torch.full((1, 2, 16), -1)
+        length = torch.zeros(1, 2, dtype=torch.int32, device=device)
+        held = (keys, keys.clone(), position.int().to(device), length, length.clone())
+        with torch.no_grad(), StepLaunches(backend, together):
+            norm = partial(backend.run, "decoding", "rms_norm", device, eps=1e-6)
+            one, other, key = (norm(x, weight) for x in (*q, k))
+            first = backend.run("decoding", "rotary", device, one, key, cos, cos)
+            second = backend.run("decoding", "rotary", device, other, key, cos, cos)
+            backend.run("attention", "append", device, *held, second[1], k)
+        return [*first, *second, *held]
+
+    for got, want in zip(run(True), run(False), strict=True):
+        assert torch.equal(got, want)
 
 
 class Between:

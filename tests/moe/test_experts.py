@@ -191,6 +191,28 @@ def test_a_step_with_experts(family, rows, dtype):
     torch.testing.assert_close(got, want, atol=limit, rtol=limit)
 
 
+@pytest.mark.parametrize("limit", [16.0, 1e3])
+def test_experts_that_clamp_are_not_taken_for_these(limit):
+    module = experts_of(tiny_model("qwen3_moe"))[0]
+
+    class Clamped(torch.nn.Module):
+        def forward(self, gate):
+            return torch.nn.functional.silu(gate.clamp(max=limit))
+
+    assert find_formula(module) is not None
+    module.act_fn = Clamped()
+    assert find_formula(module) is None
+
+
+def test_a_mixture_is_still_one_graph_to_the_compiler():
+    model = patchkit.apply(tiny_model("qwen3_moe"))
+    ids = torch.randint(5, 90, (1, 7))
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        whole = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(ids, use_cache=False).logits, want)
+
+
 def test_many_tokens_go_the_way_that_the_configuration_names():
     model = tiny_model("qwen3_moe").to(DEVICE)
     ids = torch.randint(5, 90, (1, 65), device=DEVICE)

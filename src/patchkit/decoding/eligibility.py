@@ -17,11 +17,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def kernels_serve(backend: Backend, x: Tensor) -> bool:
     """Say whether a kernel may compute something of `x` here and now."""
     return (
-        backend.choose(x.device) == "triton"
+        not torch.compiler.is_compiling()
+        and backend.choose(x.device) == "triton"
         and x.dtype in _DTYPES
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -10,7 +10,8 @@ rows that follow each other, as those of queries, keys and values do, are one la
 residual is part of it. What lies between these and attention, norms of the heads, rotary embedding
 and the store's append, is another.
 
-Whatever was handed out is written in the end, also where it was only on the way to something else.
+Whatever was handed out is written in the end, also where it was only on the way to something else,
+unless a launch raises.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from patchkit.decoding.eligibility import global_hooks, is_plain, kernels_serve
 from patchkit.decoding.reference import is_skinny, rotary_outs
 
 _KNOWN = ("torch", "transformers", "peft", "patchkit")
+_INTEGRATIONS = "transformers.integrations"
 _MOST = 3  # weights that the kernel takes at once
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
@@ -46,8 +48,9 @@ _BLIND = frozenset(
 def looks_through_torch(model: nn.Module) -> bool:
     """Say whether nothing in a model but torch's own functions reads the memory of a tensor.
 
-    That is known of the forwards and hooks that torch, transformers and PEFT bring, unless they are
-    TorchScript, whose calls no mode sees. A scripted function inside of them is not found.
+    That is known of the forwards and hooks that torch, transformers and PEFT bring, but for
+    transformers' integrations of other libraries, and unless they are TorchScript, whose calls no
+    mode sees. A scripted function inside of them is not found.
     """
     code: list[Any] = []
     for module in model.modules():
@@ -55,8 +58,9 @@ def looks_through_torch(model: nn.Module) -> bool:
             return False
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         code += (type(module), module.forward, *hooks)
+    files = {getattr(part, "__module__", None) or "" for part in code}
     return not global_hooks() and all(
-        (getattr(part, "__module__", None) or "").partition(".")[0] in _KNOWN for part in code
+        file.partition(".")[0] in _KNOWN and not file.startswith(_INTEGRATIONS) for file in files
     )
 
 
@@ -65,13 +69,15 @@ class _Launch:
     """An operation that waits.
 
     Attributes:
-        op: Its name, in the area `"decoding"`.
+        area: Of the operation.
+        op: Its name.
         args: Its arguments.
         options: Its keyword arguments.
         results: One more, what it writes, which has been handed out.
     """
 
     backend: Backend
+    area: str
     op: str
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -82,9 +88,17 @@ class _Launch:
         (outs,) = self.results.values()
         return [outs] if isinstance(outs, Tensor) else outs
 
+    @property
+    def read(self) -> Iterable[Tensor]:
+        """Every tensor that it reads."""
+        for given in (*self.args, *self.options.values()):
+            for part in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(part, Tensor):
+                    yield part
+
     def run(self) -> None:
         device, given = self.outs[0].device, self.options | self.results
-        self.backend.run("decoding", self.op, device, *self.args, **given)
+        self.backend.run(self.area, self.op, device, *self.args, **given)
 
 
 def _is_of(tensor: Tensor, results: Iterable[Tensor]) -> bool:
@@ -101,6 +115,8 @@ def _same_rows(a: Tensor, b: Tensor) -> bool:
 
 class StepLaunches(TorchFunctionMode):
     """Inside, `linear` maps a few rows by `skinny_linear` where a kernel serves.
+
+    Norms of heads, rotary embeddings and the store's append wait for each other too.
 
     Args:
         backend: Runs the kernels.
@@ -172,7 +188,8 @@ class StepLaunches(TorchFunctionMode):
             self._settle()
             biases: list[Tensor] | None = None if bias is None else []
             results: dict[str, Any] = {"outs": []}
-            launch = _Launch(self._backend, "skinny_linear", (x, []), {"biases": biases}, results)
+            options: dict[str, Any] = {"biases": biases}
+            launch = _Launch(self._backend, "decoding", "skinny_linear", (x, []), options, results)
             self._waiting.append(launch)
         result = x.new_empty(*x.shape[:-1], weight.shape[0])
         launch.args[1].append(weight)
@@ -223,14 +240,17 @@ class StepLaunches(TorchFunctionMode):
     ) -> Any:
         """Answer `Backend.run`: let an operation wait, or run it with or after what waits."""
         results: dict[str, Any] | None = None
-        if op == "rms_norm":
+        given = options.keys() & {"out", "outs"}
+        if (area, op) == ("decoding", "rms_norm") and not given:
             results = self._norm_results(*args)
-        elif op == "rotary":
+        elif (area, op) == ("decoding", "rotary") and not given:
             results = self._rotary_results(*args, **options)
-        elif op == "append" and (whole := self._rotary_append(*args, **options)) is not None:
+        elif (area, op) == ("attention", "append") and (
+            whole := self._rotary_append(*args, **options)
+        ) is not None:
             op, (args, options) = "rotary_append", whole
         if results is not None:
-            self._waiting.append(_Launch(backend, op, args, options, results))
+            self._waiting.append(_Launch(backend, area, op, args, options, results))
             return next(iter(results.values()))
         self._settle()
         return backend.run(area, op, device, *args, **options)
@@ -277,7 +297,7 @@ class StepLaunches(TorchFunctionMode):
             heads = [x.view(like.shape) for x, like in zip(given, heads, strict=True)]
         taken = (rotation, *(norms or ()))
         rest = [launch for launch in self._waiting if launch not in taken]
-        read = (*heads, new_values, cos, sin, *(launch.args[0] for launch in rest))
+        read = (*heads, new_values, cos, sin, *(x for launch in rest for x in launch.read))
         written = [out for launch in taken for out in launch.outs]
         args = (keys, values, position, length, seen, *heads, new_values, cos, sin, rotation.outs)
         args += (list_start, weights, normed)

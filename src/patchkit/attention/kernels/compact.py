@@ -191,7 +191,7 @@ def compact(
     for source, target in ((keys, out_keys), (values, out_values), (position, out_position)):
         if source.numel() and source.data_ptr() == target.data_ptr():
             raise ValueError("expected outputs in memory of their own, got an input as output")
-    if out_capacity == 0 or batch_size * num_heads == 0:
+    if batch_size * num_heads == 0:
         return
 
     width, block_s = min(keep.shape[2], out_capacity), 32
@@ -199,7 +199,7 @@ def compact(
     ranking, out_ranking = (position, out_position) if score is None else (score, out_score)
     assert out_ranking is not None
     with torch.cuda.device_of(keys):
-        _compact_kernel[(batch_size * num_heads, triton.cdiv(touched, block_s))](
+        _compact_kernel[(batch_size * num_heads, max(triton.cdiv(touched, block_s), 1))](
             keys,
             values,
             position,
