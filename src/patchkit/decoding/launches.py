@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patchkit.attention.reference.slots import rotary_append_fits
+from patchkit.attention.reference.step import rotary_append_fits
 from patchkit.backends import Backend
 from patchkit.decoding.eligibility import global_hooks, is_plain, kernels_serve
 from patchkit.decoding.reference import is_skinny, rotary_outs

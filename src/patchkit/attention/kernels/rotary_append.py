@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import first_slot
-from patchkit.attention.reference.slots import rotary_append_fits
+from patchkit.attention.reference.step import rotary_append_fits
 from patchkit.decoding.kernels.rms_norm import inverse_rms, num_warps, weighted
 from patchkit.decoding.kernels.rotary import angles, turn
 from patchkit.decoding.reference import Table, rotated_elements

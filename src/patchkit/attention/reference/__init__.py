@@ -23,13 +23,8 @@ from patchkit.attention.reference.attention import (
     prefill_attention,
     window_statistics,
 )
-from patchkit.attention.reference.slots import (
-    append,
-    compact,
-    evict_lowest,
-    rotary_append,
-    select_top,
-)
+from patchkit.attention.reference.slots import append, compact, evict_lowest, select_top
+from patchkit.attention.reference.step import rotary_append
 
 __all__ = [
     "append",

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.decoding.kernels.keep_top import BLOCK, check_scores, highest_of, highest_scores
+from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, highest_scores
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["keep_likely"]

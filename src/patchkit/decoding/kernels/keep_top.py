@@ -25,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.decoding.kernels.argmax import ascending
+from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, write_peaks
 from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["keep_top"]
 
-BLOCK = 2048
 _SMALLEST_GROUP = 64
 # No weight of float32 is left so far below the highest score.
 _LARGEST_SPAN = 104.0
@@ -47,59 +47,6 @@ _BINS = tl.constexpr(1024)
 _CANDIDATES = tl.constexpr(1024)
 _NEED = tl.constexpr(1025)
 _PLAN = tl.constexpr(1026)
-
-
-@triton.jit
-def survey_kernel(
-    scores_ptr,
-    peaks_ptr,
-    lows_ptr,
-    plan_ptr,
-    stride_b,
-    stride_v,
-    num_scores,
-    COUNT: tl.constexpr,
-    HAS_PLAN: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PEAKS: tl.constexpr,
-):
-    """Write the highest score of every group of a block; with COUNT only of finite scores.
-
-    Otherwise NaN counts as infinity. With COUNT also write the lowest finite score of the block;
-    with HAS_PLAN empty the bins.
-    """
-    wait_for_previous(EARLY)
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_blocks = tl.num_programs(1)
-    index = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    mask = index < num_scores
-    score = tl.load(scores_ptr + row * stride_b + index * stride_v, mask=mask, other=-_INFINITY)
-    if COUNT:
-        finite = tl.abs(score) < _INFINITY
-        lowest = tl.min(tl.where(finite, score, _INFINITY), axis=0)
-        tl.store(lows_ptr + row * num_blocks + block, lowest)
-        score = tl.where(finite, score, -_INFINITY)
-    else:
-        score = tl.where(score != score, _INFINITY, score)
-    peaks = tl.max(tl.reshape(score, (PEAKS, BLOCK // PEAKS)), axis=1)
-    offs = (row * num_blocks + block) * PEAKS + tl.arange(0, PEAKS)
-    tl.store(peaks_ptr + offs, peaks)
-    if HAS_PLAN and block == 0:
-        plan_ptr += row * _PLAN
-        tl.store(plan_ptr + tl.arange(0, _BINS), tl.zeros((_BINS,), tl.int64))
-        tl.store(plan_ptr + _CANDIDATES, tl.zeros((), tl.int64))
-
-
-@triton.jit
-def highest_of(peaks_ptr, num_peaks):
-    """Return the highest of `num_peaks` numbers, none of which is NaN."""
-    highest = tl.full((128,), -_INFINITY, tl.float32)
-    for start in range(0, num_peaks, 128):
-        offs = start + tl.arange(0, 128)
-        peak = tl.load(peaks_ptr + offs, mask=offs < num_peaks, other=-_INFINITY)
-        highest = tl.maximum(highest, peak)
-    return tl.max(highest, axis=0)
 
 
 @triton.jit
@@ -347,14 +294,6 @@ def _keep_top_kernel(
     tl.store(out_ptr + row * num_scores + index, kept, mask=mask)
 
 
-def check_scores(scores: Tensor) -> None:
-    """Raise ValueError unless `scores` are `[B, V]` float32 with V >= 1."""
-    if scores.ndim != 2 or scores.shape[1] == 0 or scores.dtype != torch.float32:
-        raise ValueError(
-            f"scores: expected float32 [B, V] with V >= 1, got {scores.dtype} {list(scores.shape)}"
-        )
-
-
 def keep_top(
     scores: Tensor, *, count: int | None = None, mass: float | None = None, fill: float = -math.inf
 ) -> Tensor:
@@ -406,16 +345,17 @@ def keep_top(
     plan = torch.empty(batch_size, _PLAN.value, dtype=torch.int64, device=scores.device)
     candidates = torch.empty(batch_size, num_scores, dtype=torch.int64, device=scores.device)
     grid = (batch_size, num_blocks)
+    early = launch_options(scores.device, batch_size)
     options = {
         "COUNT": has_count,
-        **launch_options(scores.device, batch_size),
+        **early,
         "BLOCK": BLOCK,
         "PEAKS": BLOCK // group,
         "num_warps": 8,
     }
     given, limits = (*scores.stride(), num_scores), (num_peaks, count, span)
     with torch.cuda.device_of(scores):
-        survey_kernel[grid](scores, peaks, lows, plan, *given, HAS_PLAN=True, **options)
+        write_peaks(scores, peaks, early, lows=lows if has_count else None, emptied=plan)
         _weigh_kernel[grid](scores, peaks, lows, plan, *given, *limits, one, **options)
         options["MASS"] = has_mass
         _gather_kernel[grid](
@@ -426,17 +366,3 @@ def keep_top(
             **options,
         )  # fmt: skip
     return out
-
-
-def highest_scores(scores: Tensor, early: dict[str, bool]) -> Tensor:
-    """Return the highest score of every block of `scores [B, V]`, `[B, blocks]` float32.
-
-    NaN counts as infinity.
-    """
-    grid = (scores.shape[0], triton.cdiv(scores.shape[1], BLOCK))
-    peaks = torch.empty(grid, device=scores.device)
-    survey_kernel[grid](
-        scores, peaks, peaks, peaks, *scores.stride(), scores.shape[1],
-        COUNT=False, HAS_PLAN=False, **early, BLOCK=BLOCK, PEAKS=1, num_warps=8,
-    )  # fmt: skip
-    return peaks
