@@ -10,6 +10,7 @@ import torch
 from patchkit.decoding import reference
 from patchkit.decoding.kernels.keep_likely import keep_likely
 from patchkit.decoding.kernels.keep_top import keep_top
+from patchkit.decoding.kernels.peaks import BLOCK, highest_scores, write_peaks
 
 from .helpers import DEVICE, random
 
@@ -50,6 +51,28 @@ def rows_of(kind, size):
 
 KINDS = ["flat", "normal", "peaked", "ties", "equal", "filtered", "filled", "huge"]
 by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# -- the highest scores of blocks --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, BLOCK, 2 * BLOCK + 77])
+def test_peaks_of_blocks_and_groups(size):
+    scores = random(3, size)
+    scores[0, 0], scores[1, -1], scores[2, 0] = NAN, INF, -INF
+    missing = -size % BLOCK
+    padded = torch.nn.functional.pad(scores, (0, missing), value=-INF).unflatten(1, (-1, BLOCK))
+    highest = padded.masked_fill(padded.isnan(), INF).amax(2)
+    assert torch.equal(highest_scores(scores, {"EARLY": False}), highest)
+
+    peaks = torch.full((*padded.shape[:2], 4), NAN, device=DEVICE)
+    lows, emptied = peaks[..., 0].clone(), torch.ones(3, 11, dtype=torch.int64, device=DEVICE)
+    write_peaks(scores, peaks, {"EARLY": False}, lows=lows, emptied=emptied)
+    finite = padded.isfinite()
+    groups = padded.masked_fill(~finite, -INF).unflatten(2, (4, -1))
+    assert torch.equal(peaks, groups.amax(3))
+    assert torch.equal(lows, padded.masked_fill(~finite, INF).amin(2))
+    assert not emptied.any()
 
 
 # -- a number of scores ------------------------------------------------------------------------

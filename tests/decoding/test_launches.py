@@ -72,11 +72,15 @@ def step_of(model, rows=1, prompt=8, together=True, **inputs):
 SERVED = sorted(set(FAMILIES) - {"opt", "deepseek_v2"})
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (3, torch.float16)])
-@pytest.mark.parametrize("family", [*SERVED, "deepseek_v2"])
+@pytest.mark.parametrize(
+    ("family", "rows", "dtype"),
+    [
+        *((family, 1, torch.float32) for family in (*SERVED, "deepseek_v2")),
+        # One per kind of attention.
+        *((family, 3, torch.float16) for family in ("llama", "qwen3", "gemma3", "gpt_neox")),
+    ],
+)
 def test_a_step_rotates_and_appends_at_once(family, rows, dtype):
-    if dtype == torch.float16 and family not in ("llama", "qwen3", "gemma3", "gpt_neox"):
-        pytest.skip("one per kind of attention")
     model = tiny_model(family, attn_implementation=reference_attention(family)).to(DEVICE, dtype)
     patchkit.apply(model, backend="triton")
     got, calls, _ = step_of(model, rows)

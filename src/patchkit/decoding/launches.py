@@ -32,7 +32,7 @@ from patchkit.decoding.reference import is_skinny, rotary_outs
 
 _KNOWN = ("torch", "transformers", "peft", "patchkit")
 _INTEGRATIONS = "transformers.integrations"
-_MOST = 3  # weights that the kernel takes at once
+_MOST_WEIGHTS = 3  # that the kernel takes at once
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 _BLIND = frozenset(
@@ -207,7 +207,7 @@ class StepLaunches(TorchFunctionMode):
             if (
                 launch.op == "skinny_linear"
                 and launch.args[0] is x
-                and len(launch.outs) < _MOST
+                and len(launch.outs) < _MOST_WEIGHTS
                 and (launch.options["biases"] is None) == (len(given) == 1)
                 and not any(_is_of(tensor, results) for tensor in given)
             ):
