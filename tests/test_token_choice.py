@@ -94,7 +94,8 @@ def test_schedules_are_those_of_transformers_own_loop(name, monkeypatch):
     for devices in ((), ("cpu", "cuda")):
         monkeypatch.setattr(engine, "_DEVICES", devices)
         rows.append(model.generate(**batch_of(), **options))
-    assert sum(patchkit.report(model).steps.values()) == 23
+    steps = patchkit.report(model).steps
+    assert steps.get("eager", 0) + steps.get("replayed", 0) == 23
     assert torch.equal(*rows)
     assert not torch.equal(rows[0], model.generate(**batch_of(), **options, logit_schedule=None))
 
@@ -212,6 +213,7 @@ def test_processors_keep_what_they_got_and_see_nothing_past_the_end():
     assert all(map(torch.equal, seen[1].kept, seen[1].copies))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the error ends the process's use of the GPU")
 def test_nan_logits_raise_as_they_do_without_patchkit():
     class Broken(LogitsProcessor):
         def __call__(self, input_ids, scores):
