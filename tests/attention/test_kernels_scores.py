@@ -62,7 +62,7 @@ LSE = [
 ]
 
 _SMALL = {"BLOCK_N": 16, "HEADS": 1, "TILE_Q": 16}
-_WINDOW = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
+_WINDOW = {"HEADS": 4, "BLOCK_Q": 32, "BLOCK_N": 16, "num_warps": 4}
 _STATISTICS = {"HEADS": 2, "BLOCK_Q": 32, "BLOCK_N": 16}
 MASS = [
     ScoreCase(groups=1, q_len=1, stored=150),
@@ -79,9 +79,15 @@ MASS = [
     ScoreCase(num_kv_heads=3, groups=1, q_len=20, shared_positions=True, blocks=_SMALL),
     ScoreCase(groups=3, q_len=17, stored=90, decay=0.5, blocks=_WINDOW),
     ScoreCase(groups=4, q_len=16, stored=200, padding="left", sinks=True, blocks=_WINDOW),
-    ScoreCase(groups=7, q_len=9, stored=40, padding="random", sliding_window=20, blocks=_WINDOW),
-    ScoreCase(groups=1, q_len=33, stored=0, head_dim=24, softcap=3.0, blocks=_WINDOW),
-]
+    ScoreCase(
+        groups=7, q_len=9, stored=40, padding="random", sliding_window=20,
+        blocks=_WINDOW | {"HEADS": 8, "BLOCK_Q": 16},
+    ),
+    ScoreCase(
+        groups=1, q_len=33, stored=0, head_dim=24, softcap=3.0,
+        blocks=_WINDOW | {"HEADS": 1, "BLOCK_Q": 64},
+    ),
+]  # fmt: skip
 
 WINDOW = [
     ScoreCase(groups=1, q_len=2),

@@ -87,7 +87,8 @@ class Cascade:
             self._closed, self._waiting, self._crowded = [], 0, False
         policy.set_budget(layer)  # what an average layer keeps
         lists = (layer.length, policy.budget, policy.recent)  # alike for all heads of a row
-        facts = torch.stack([policy.preference.double(), *(x[:, 0].double() for x in lists)])
+        sums = policy.parts.sum(-1, dtype=torch.float64)
+        facts = torch.stack([*sums, *(x[:, 0].double() for x in lists)])
         self._closed.append((policy, weakref.ref(layer), facts))
         self._waiting += 1
         self._crowded |= layer.filled > policy.lowest
@@ -100,12 +101,13 @@ class Cascade:
     def _cut(self, last: bool) -> None:
         """Divide the budget by the preferences so far; the only read of device values."""
         device = self._closed[0][2].device
-        facts = torch.stack([facts.to(device) for *_, facts in self._closed])  # [layers, 4, B]
+        facts = torch.stack([facts.to(device) for *_, facts in self._closed])  # [layers, 5, B]
         shares: list[list[int]] = []
         for row in facts.permute(2, 0, 1).tolist():
-            preferences, lengths, budgets, recents = zip(*row, strict=True)
+            entropies, shifts, lengths, budgets, recents = zip(*row, strict=True)
             protected = self.method.num_sink_tokens + int(recents[0])
             total = (int(budgets[0]) - protected) * len(self.policies)
+            preferences = list(map(self._preference, entropies, shifts))
             top = max(preferences)
             weights = [math.exp(p - top) if top > -math.inf else 1.0 for p in preferences]
             caps = [max(int(length) - protected, 0) for length in lengths]
@@ -117,6 +119,12 @@ class Cascade:
             layer = held()
             assert layer is not None  # its store is being filled
             policy.take(layer, per_row, last)
+
+    def _preference(self, entropy: float, shift: float) -> float:
+        """Return the logarithm of a layer's share of the budget, but for a factor."""
+        if entropy <= 0 or shift <= 0:
+            return -math.inf
+        return math.log(entropy) / self.method.tau1 + math.log(shift) / self.method.tau2
 
 
 def water_fill(weights: Sequence[float], total: float, caps: Sequence[float]) -> list[float]:
@@ -164,8 +172,8 @@ class Preferred(EvictionPolicy):
     """Rank tokens by mean and variance of the weights they get, in a layer's share of a budget."""
 
     scored = True
-    preference: Tensor
-    """`[B]` float32, the logarithm."""
+    parts: Tensor
+    """`[2, B, N]` float32, to add up: how widely the layer attends, and how much that shifts."""
 
     def __init__(self, cascade: Cascade, budget: Budget, most_bytes: int | None) -> None:
         method = cascade.method
@@ -203,11 +211,9 @@ class Preferred(EvictionPolicy):
             replace_by_newest(layer, attended)
             return
         voters = min(q_len, method.window)
-        sums = replace_by_indicator(
+        self.parts = replace_by_indicator(
             layer, attended, voters, gamma=method.gamma, width=method.kernel_size
         )
-        entropy, shift = sums.log()
-        self.preference = torch.add(entropy / method.tau1, shift, alpha=1 / method.tau2)
 
     def commit(self, layer: StoreLayer, new_tokens: int) -> None:
         """Leave a chunk to the cascade until the budget has been divided."""

@@ -108,11 +108,11 @@ def replace_by_indicator(
     pooled.
 
     Returns:
-        `[2, B]` float32, of the slots older than the queries, over all heads: the entropy of their
-        weights, and the sum of their variances.
+        `[2, B, N]` float32, of the slots older than the queries, over all heads, in N parts to add
+        up: the entropy of their weights, and the sum of their variances.
     """
     score = _per_key_head(layer, attended)
-    sums = layer.backend.run(
+    parts = layer.backend.run(
         "attention",
         "window_statistics",
         layer.device,
@@ -124,7 +124,7 @@ def replace_by_indicator(
         **attended.masking,
     )
     pool(layer, _per_head(layer, score), width)
-    return sums
+    return parts
 
 
 def pool(

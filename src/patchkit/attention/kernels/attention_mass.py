@@ -157,47 +157,51 @@ def _attention_mass_kernel(
 
 @triton.jit
 def window_queries(
-    query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, num_heads, q_len, per_head,
-    D: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, num_heads, q_len,
+    D: tl.constexpr, UPCAST: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Row m of a tile is query m % per_head of head m // per_head. Return queries
-    # [BLOCK_D, BLOCK_M], which query a row is, whether it counts, and its denominator as an
-    # exponent of 2.
-    offs_m = tl.arange(0, BLOCK_M)
+    # Row m of a tile is query m % BLOCK_Q of head m // BLOCK_Q. Return queries
+    # [BLOCK_D, HEADS * BLOCK_Q], whether a row counts, and its denominator as an exponent of 2.
+    offs_m = tl.arange(0, HEADS * BLOCK_Q)
     offs_d = tl.arange(0, BLOCK_D)
-    inside = (offs_m // per_head < num_heads) & (offs_m % per_head < q_len)
-    head = tl.minimum(offs_m // per_head, num_heads - 1).to(tl.int64)
-    i = tl.minimum(offs_m % per_head, q_len - 1)
-    q_ptr = query_ptr + head * stride_qh + i * stride_qi  # [BLOCK_M]
+    inside = (offs_m // BLOCK_Q < num_heads) & (offs_m % BLOCK_Q < q_len)
+    head = tl.minimum(offs_m // BLOCK_Q, num_heads - 1).to(tl.int64)
+    i = tl.minimum(offs_m % BLOCK_Q, q_len - 1)
+    q_ptr = query_ptr + head * stride_qh + i * stride_qi  # [HEADS * BLOCK_Q]
     q = tl.load(q_ptr[None, :] + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     lse = tl.load(lse_ptr + head * stride_eh + i * stride_ei)
     counts = inside & (lse > float("-inf"))
-    return q, i, counts, tl.where(counts, lse * LOG2_E, _NOWHERE)
+    return q, counts, tl.where(counts, lse * LOG2_E, _NOWHERE)
 
 
 @triton.jit
 def window_logits(
-    k_ptr, position_ptr, slot, length, q, lse, column, scale, sliding_window, softcap,
-    D: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    keys_ptr, position_ptr, stride_ks, stride_ps, slot, first_masked, length, q, lse, oldest, q_len,
+    scale, sliding_window, softcap,
+    D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Logarithms to base 2 of the weights of a tile, [BLOCK_N, BLOCK_M]. Pointers: to the keys of
-    # the tile [BLOCK_N, BLOCK_D], and to the positions of `slot`.
-    mask_d = tl.arange(0, BLOCK_D) < D
-    live = slot < length
-    if MASKED:
-        k = tl.load(k_ptr, mask=live[:, None] & mask_d[None, :], other=0.0)
-    elif D == BLOCK_D:
-        k = tl.load(k_ptr)
-    else:
-        k = tl.load(k_ptr, mask=mask_d[None, :], other=0.0)
+    # Logarithms to base 2 of the weights of a tile, [BLOCK_N, BLOCK_M], whose slots start at
+    # `slot`; those before `first_masked` are seen by all queries.
+    slots = slot + tl.arange(0, BLOCK_N)
+    offset = slots.to(tl.int64)
+    live = slots < length
+    offs_d = tl.arange(0, BLOCK_D)
+    k_ptr = keys_ptr + offset[:, None] * stride_ks + offs_d[None, :]
+    mask = live[:, None]
+    if D != BLOCK_D:
+        mask = mask & (offs_d < D)[None, :]
+    k = tl.load(k_ptr, mask=mask, other=0.0)
     if UPCAST:
         k = k.to(tl.float32)
     logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
-    if MASKED:
-        position = tl.load(position_ptr, mask=live, other=-1)
+    if slot >= first_masked:
+        position = tl.load(position_ptr + offset * stride_ps, mask=live, other=-1)
+        column = oldest + tl.minimum(tl.arange(0, BLOCK_M) % BLOCK_Q, q_len - 1)
         visible = sees(position[:, None], column[None, :], sliding_window, HAS_WINDOW)
         logits = tl.where(visible, logits, -_NOWHERE)
     return logits
@@ -212,8 +216,8 @@ def _window_mass_kernel(
     num_kv_heads, groups, q_len, scale, decay, num_new, sliding_window, softcap,
     D: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LIST_START: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program: all query rows of one KV head, every num_splits-th tile of its slots.
     wait_for_previous(EARLY)
@@ -231,58 +235,43 @@ def _window_mass_kernel(
     query_ptr += b * stride_qb + h * groups * stride_qh
     lse_ptr += b * stride_eb + h * groups * stride_eh
 
-    q, i, _, lse = window_queries(
-        query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, groups, q_len, q_len,
-        D, UPCAST, BLOCK_M, BLOCK_D,
+    q, _, lse = window_queries(
+        query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, groups, q_len,
+        D, UPCAST, HEADS, BLOCK_Q, BLOCK_D,
     )  # fmt: skip
-    column = seen - q_len + i  # [BLOCK_M]
-    first = (split * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    k_ptr = keys_ptr + first[:, None] * stride_ks + tl.arange(0, BLOCK_D)[None, :]
-    k_step = num_splits.to(tl.int64) * BLOCK_N * stride_ks
-    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
-    for tile in range(split, first_masked, num_splits):
-        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N) * BLOCK_N
+    for tile in range(split, tl.cdiv(length, BLOCK_N), num_splits):
         logits = window_logits(
-            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
-            sliding_window, softcap, D, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
+            keys_ptr, position_ptr, stride_ks, stride_ps, tile * BLOCK_N, first_masked, length,
+            q, lse, seen - q_len, q_len, scale, sliding_window, softcap, D, HAS_WINDOW,
+            HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_Q, HEADS * BLOCK_Q, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         total = tl.sum(tl.exp2(logits), axis=1)
-        if HAS_DECAY:
-            position = tl.load(position_ptr + slot * stride_ps)
-            old = position < seen - num_new
-            total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
-        tl.store(score_ptr + slot * stride_cs, total)
-        k_ptr += k_step
-    passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
-    for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
         slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        logits = window_logits(
-            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
-            sliding_window, softcap, D, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
-        )  # fmt: skip
-        total = tl.sum(tl.exp2(logits), axis=1)
         live = slot < length
         if HAS_DECAY:
             position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)
             old = live & (position < seen - num_new)
             total += decay * tl.load(score_ptr + slot * stride_cs, mask=old, other=0.0)
         tl.store(score_ptr + slot * stride_cs, total, mask=live)
-        k_ptr += k_step
 
 
 def _window_blocks(
-    rows: int, q_len: int, block_d: int, element_size: int, shared: int
+    groups: int, q_len: int, block_d: int, element_size: int, shared: int
 ) -> dict[str, int] | None:
     """Choose tiles for queries that are one tile, or None where they are not or do not fit."""
     wide = element_size == 4
-    block_m = max(16, triton.next_power_of_2(rows))
-    if q_len == 1 or block_m > (32 if wide else 256):
+    heads = triton.next_power_of_2(groups)
+    block_q = max(16 // heads, triton.next_power_of_2(q_len))
+    block_m = heads * block_q
+    if block_m > (32 if wide else 256):
         return None
     for block_n, stages in ((32, 1), (16, 1)) if wide else ((64, 3), (64, 2), (32, 2), (16, 1)):
         if (block_m + stages * block_n) * block_d * element_size <= shared // 2:
             warps = 8 if block_m > (16 if wide else 128) else 4
             return {
-                "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": stages, "num_warps": warps
+                "HEADS": heads, "BLOCK_Q": block_q, "BLOCK_N": block_n, "num_stages": stages,
+                "num_warps": warps,
             }  # fmt: skip
     return None
 
@@ -402,7 +391,7 @@ def attention_mass(
         **launch_options(query.device),
     }
     numbers = (float(scale), float(decay), num_new, sliding_window or 0, float(softcap or 1.0))
-    window = _window_blocks(groups * q_len, q_len, block_d, query.element_size(), shared)
+    window = _window_blocks(groups, q_len, block_d, query.element_size(), shared)
     with torch.cuda.device_of(query):
         if window is not None:
             num_splits = splits(num_lists, triton.cdiv(capacity, window["BLOCK_N"]))

@@ -16,7 +16,7 @@ from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["pool_scores"]
 
-_BLOCK = 512
+_BLOCK = 256
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """Triton kernels that pick the best slots of every list; see `reference.select_top`.
 
-Every live slot gets one 64-bit key: its score as an integer of the same order, then its position.
-A search narrows an interval of keys, 256 bins at a time, until the keys from its lower end on are
-as many as asked for. Keys differ, so this ends; after each step the interval shrinks to the keys
-it holds, so leading bits that these share cost nothing.
+Every live slot gets a rank, its score as an integer of the same order; of equal ranks the higher
+position wins. A search narrows an interval of ranks to a third of it at a time, by counting how
+many reach two numbers inside, until as many reach its lower end as are asked for. Where slots of
+one rank are left to choose from, it goes on with their positions, which differ.
 
 One program per list does all of it where the capacity is small. Else a program per chunk of slots
-first sorts the keys into 256 bins, which a sample of the list has fixed, and copies those in the
-bin of the threshold. One program per list searches these, and chunks write their kept slots.
+first sorts the ranks into 256 bins, which a sample of the list has fixed, and copies those in the
+bin of the threshold. Then every program searches these, and writes the kept slots of its chunk.
 
 Bytes floor: `8 * length + 4 * width` per list (`4 * length + 4 * width` without scores).
 """
@@ -24,8 +24,8 @@ from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["select_top"]
 
-# Capacity up to which one program per list does everything, holding its keys in registers; slots
-# per program beyond, and candidates that the one program of a list takes at a time.
+# Capacity up to which one program per list does everything, holding its ranks in registers; slots
+# per program beyond, and candidates that a program takes at a time.
 _MAX_SINGLE = 8192
 _CHUNK = 2048
 _BLOCK = 1024
@@ -33,24 +33,23 @@ _BLOCK = 1024
 _NUM_BINS = tl.constexpr(256)
 _NUM_SAMPLES = tl.constexpr(256)
 _NUM_ROWS = tl.constexpr(16)
-_MAX_KEY = tl.constexpr(2**63 - 1)
-_MIN_KEY = tl.constexpr(-(2**63))
+# No slot has one of these ranks: below all, and above all.
+_LOWEST_INT = tl.constexpr(-(2**31))
+_HIGHEST_INT = tl.constexpr(2**31 - 1)
+_SINK = tl.constexpr(2**31 - 2)
+_RECENT = tl.constexpr(2**31 - 3)
+# Ranks of numbers are at least that of -3.4e38 and less than that of infinity.
+_FINITE = tl.constexpr(-0x7F800000)
+_INFINITE = tl.constexpr(0x7F800000)
 _NEGATIVE_ZERO = tl.constexpr(-(2**31))
-# Above every score; `_PROTECTED` is the lowest key of a protected slot.
-_SINK = tl.constexpr(2**31 - 1)
-_RECENT = tl.constexpr(2**31 - 2)
-_PROTECTED = tl.constexpr((2**31 - 2) * 2**31)
-# Keys of numbers lie between the lowest one of -3.4e38 and the lowest one of infinity.
-_FINITE = tl.constexpr(-(0x7F800000) * 2**31)
-_INFINITE = tl.constexpr(0x7F800000 * 2**31)
 
 # Fields of `plan [lists, _PLAN]`: what a launch leaves to the next ones.
-_PLAN = tl.constexpr(7)
-_LOWEST, _SHIFT, _LENGTH, _COUNT, _INSIDE, _NEED, _THRESHOLD = (tl.constexpr(i) for i in range(7))
+_PLAN = tl.constexpr(6)
+_LOWEST, _SHIFT, _LENGTH, _COUNT, _INSIDE, _NEED = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
-def _load_keys(
+def _load_ranks(
     score_ptr,
     position_ptr,
     stride_ss,
@@ -73,10 +72,9 @@ def _load_keys(
         rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats ascend as integers descend
         rank = tl.where(bits == _NEGATIVE_ZERO, 0, rank)
     else:
-        rank = position * 0
+        rank = position + _FINITE
     rank = tl.where(position >= seen - recent, _RECENT, rank)
-    rank = tl.where(slot < num_sinks, _SINK, rank)
-    return (rank.to(tl.int64) << 31) + position
+    return tl.where(slot < num_sinks, _SINK, rank)
 
 
 @triton.jit
@@ -86,26 +84,131 @@ def _bin_shift(span):
 
 
 @triton.jit
-def _find_bin(histogram, inside, need):
-    """Return the bin of the key of rank `need` from the top, how many it holds, how many are above.
+def _bin(rank, lowest, shift):
+    """Return the bin of every rank: bins begin at `lowest`; the outer ones take what is beyond."""
+    bin_of_rank = (rank.to(tl.int64) - lowest) >> shift
+    return tl.minimum(tl.maximum(bin_of_rank, 0), _NUM_BINS - 1).to(tl.int32)
 
-    `inside` is the number of keys; what bin 0 of `histogram` says is ignored.
+
+@triton.jit
+def _find_bin(histogram, inside, need):
+    """Return the bin of the rank number `need` from the top, its size, and how many are above.
+
+    `inside` is the number of ranks; what bin 0 of `histogram` says is ignored.
     """
     bins = tl.arange(0, _NUM_BINS)
     histogram = tl.where(bins == 0, 0, histogram)
     at_least = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0) + histogram
-    at_least = tl.where(bins == 0, inside, at_least)  # [_NUM_BINS], keys in this bin or above
+    at_least = tl.where(bins == 0, inside, at_least)  # [_NUM_BINS], ranks in this bin or above
     found = tl.max(tl.where(at_least >= need, bins, 0), axis=0)
     above = tl.sum(tl.where(bins == found + 1, at_least, 0), axis=0)
     return found, tl.sum(tl.where(bins == found, at_least, 0), axis=0) - above, above
 
 
 @triton.jit
-def _block_of_keys(held, candidates_ptr, slot, length, HELD: tl.constexpr):
-    """Return the keys of a block, `held` or those of candidates, and which of them there are."""
-    live = slot < length
-    key = held if HELD else tl.load(candidates_ptr + slot, mask=live, other=0)
-    return key, live
+def _block_of_ranks(held, rank_ptr, slot, length, HELD: tl.constexpr):
+    """Return the ranks of a block, `held` or those at `rank_ptr`, `_LOWEST_INT` past `length`."""
+    return held if HELD else tl.load(rank_ptr + slot, mask=slot < length, other=_LOWEST_INT)
+
+
+@triton.jit
+def _block_of_values(
+    held, rank_ptr, position_ptr, stride_ps, slot, length, tied, HELD: tl.constexpr,
+    TIES: tl.constexpr,
+):  # fmt: skip
+    """Return the ranks of a block, or the positions where these are `tied`; elsewhere nothing."""
+    rank = _block_of_ranks(held, rank_ptr, slot, length, HELD)
+    if TIES:
+        offset = slot.to(tl.int64) * stride_ps
+        return tl.load(position_ptr + offset, mask=rank == tied, other=_LOWEST_INT)
+    else:
+        return rank
+
+
+@triton.jit
+def _narrow(
+    held, rank_ptr, position_ptr, stride_ps, length, tied, inside, need, HELD: tl.constexpr,
+    TIES: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Return a number that `need` of the `inside` values reach, or more if these are all equal.
+
+    Also how many reach it and how many are above it.
+    """
+    offs = tl.arange(0, BLOCK_S)
+    low = tl.full((BLOCK_S,), _HIGHEST_INT, tl.int32)
+    high = tl.full((BLOCK_S,), _LOWEST_INT, tl.int32)
+    protected = tl.zeros((BLOCK_S,), tl.int32)
+    for start in range(0, BLOCK_S if HELD else length, BLOCK_S):
+        value = _block_of_values(
+            held, rank_ptr, position_ptr, stride_ps, start + offs, length, tied, HELD, TIES
+        )
+        there = value > _LOWEST_INT
+        if not TIES:  # ranks of protected slots lie far above scores: search on one side only
+            protected += (value >= _RECENT).to(tl.int32)
+            there &= value < _RECENT
+        low = tl.minimum(low, tl.where(there, value, _HIGHEST_INT))
+        high = tl.maximum(high, tl.where(there, value, _LOWEST_INT))
+    lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+    above = tl.sum(protected, axis=0)
+    if above >= need:
+        lowest, highest = tl.full((), _RECENT, tl.int32), tl.full((), _SINK, tl.int32)
+        inside, above = above, tl.full((), 0, tl.int32)
+
+    while (inside > need) & (lowest < highest):
+        third = ((highest - lowest).to(tl.uint32, bitcast=True) // 3 + 1).to(tl.int32)
+        first = lowest + third  # at most `highest`
+        second = first + third  # at most one more
+        reach_first = tl.zeros((BLOCK_S,), tl.int32)
+        reach_second = tl.zeros((BLOCK_S,), tl.int32)
+        for start in range(0, BLOCK_S if HELD else length, BLOCK_S):
+            value = _block_of_values(
+                held, rank_ptr, position_ptr, stride_ps, start + offs, length, tied, HELD, TIES
+            )
+            reach_first += (value >= first).to(tl.int32)
+            reach_second += (value >= second).to(tl.int32)
+        if HELD:  # both in one sum
+            both = tl.sum(reach_first + (reach_second << 16), axis=0)
+            num_first, num_second = both & 0xFFFF, (both >> 16) & 0xFFFF
+        else:
+            num_first, num_second = tl.sum(reach_first, axis=0), tl.sum(reach_second, axis=0)
+        if num_second >= need:
+            lowest, inside = second, num_second
+        elif num_first >= need:
+            lowest, highest, inside, above = first, second - 1, num_first, num_second
+        else:
+            highest, above = first - 1, num_first
+    return lowest, inside, above
+
+
+@triton.jit
+def _threshold(
+    held, rank_ptr, position_ptr, stride_ps, length, need, HELD: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Return rank and position that the `need` best of `length` slots reach; see `_reaches`.
+
+    Their ranks are `held [BLOCK_S]` or at `rank_ptr`.
+    """
+    rank, inside, above = _narrow(
+        held, rank_ptr, position_ptr, stride_ps, length, 0, length, need, HELD, False, BLOCK_S
+    )
+    position = tl.full((), 0, tl.int32)
+    if inside > need:
+        position, _, _ = _narrow(
+            held, rank_ptr, position_ptr, stride_ps, length, rank, inside - above, need - above,
+            HELD, True, BLOCK_S,
+        )  # fmt: skip
+    return tl.where(need > 0, rank, _HIGHEST_INT), position
+
+
+@triton.jit
+def _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound):
+    """Say which slots lie above a rank, or have it and a position that is not below the bound."""
+    tied = rank == rank_bound
+    if position_bound > 0:
+        offset = slot.to(tl.int64) * stride_ps
+        tied &= tl.load(position_ptr + offset, mask=tied, other=0) >= position_bound
+    return (rank > rank_bound) | tied
 
 
 @triton.jit
@@ -117,8 +220,6 @@ def _select_top_kernel(
     seen_ptr,
     recent_ptr,
     keep_ptr,
-    candidates_ptr,
-    plan_ptr,
     stride_sb,
     stride_sh,
     stride_ss,
@@ -140,89 +241,35 @@ def _select_top_kernel(
     EARLY: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     MEAN: tl.constexpr,
-    FROM_SLOTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    # FROM_SLOTS: search the slots of a list, at most BLOCK_S, and write `keep`. Otherwise search
-    # its candidates, put in the place of each how many before it are kept, and write the threshold.
+    # One program: a list of at most BLOCK_S slots.
     wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     b, h = row // num_heads, row % num_heads
-    offs = tl.arange(0, BLOCK_S)
-    plan_ptr += row * _PLAN
-    candidates_ptr += row * (capacity + 1)
+    slot = tl.arange(0, BLOCK_S)
     keep_ptr += row * width
-    lowest = tl.full((), _MIN_KEY, tl.int64)
-    highest = tl.full((), _MAX_KEY, tl.int64)
-    if FROM_SLOTS:
-        length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
-        count = tl.load(count_ptr + b * stride_cb + h * stride_ch)
-        count = tl.minimum(count, length)
-        seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
-        recent = tl.load(recent_ptr + b * stride_rb + h * stride_rh)
-        held = _load_keys(
-            score_ptr + b * stride_sb + h * stride_sh, position_ptr + b * stride_pb + h * stride_ph,
-            stride_ss, stride_ps, offs, offs < length, seen, recent, num_sinks, HAS_SCORE, MEAN,
-        )  # fmt: skip
-        # Protected slots and scores lie far apart: bins over both would be wasted.
-        protected = tl.sum(((offs < length) & (held >= _PROTECTED)).to(tl.int32), axis=0)
-        if count > protected:
-            highest = tl.full((), _PROTECTED - 1, tl.int64)
-            inside, need = length - protected, count - protected
-        else:
-            lowest = tl.full((), _PROTECTED, tl.int64)
-            inside, need = protected, count
-    else:
-        length = tl.load(plan_ptr + _INSIDE).to(tl.int32)
-        count = tl.load(plan_ptr + _NEED).to(tl.int32)
-        held = offs.to(tl.int64)  # not used
-        inside, need = length, count
-    searching = count > 0
-    while searching:
-        # Shrink the interval to the keys it holds.
-        low = tl.full((BLOCK_S,), _MAX_KEY, tl.int64)
-        high = tl.full((BLOCK_S,), _MIN_KEY, tl.int64)
-        for start in range(0, length, BLOCK_S):
-            key, live = _block_of_keys(held, candidates_ptr, start + offs, length, FROM_SLOTS)
-            live &= (key >= lowest) & (key <= highest)
-            low = tl.minimum(low, tl.where(live, key, _MAX_KEY))
-            high = tl.maximum(high, tl.where(live, key, _MIN_KEY))
-        lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
-
-        if inside > need:
-            shift = _bin_shift(highest - lowest)
-            histogram = tl.zeros((_NUM_BINS,), tl.int32)
-            for start in range(0, length, BLOCK_S):
-                key, live = _block_of_keys(held, candidates_ptr, start + offs, length, FROM_SLOTS)
-                live &= (key >= lowest) & (key <= highest)
-                bin_of_key = tl.where(live, (key - lowest) >> shift, 0).to(tl.int32)
-                histogram += tl.histogram(bin_of_key, _NUM_BINS)
-            found, inside, above = _find_bin(histogram, inside, need)
-            need -= above
-            lowest += found.to(tl.int64) << shift
-            highest = tl.minimum(highest, lowest + (tl.full((), 1, tl.int64) << shift) - 1)
-        searching = (inside > need) & (lowest < highest)
-
-    threshold = tl.where(count > 0, lowest, _MAX_KEY)
-    before = tl.zeros((), tl.int32)
-    for start in range(0, length, BLOCK_S):
-        slot = start + offs
-        key, live = _block_of_keys(held, candidates_ptr, slot, length, FROM_SLOTS)
-        kept = (live & (key >= threshold)).to(tl.int32)
-        rank = before + tl.cumsum(kept, axis=0) - kept
-        if FROM_SLOTS:
-            tl.store(keep_ptr + rank, slot, mask=(kept > 0) & (rank < width))
-        else:
-            tl.store(candidates_ptr + slot, rank.to(tl.int64), mask=live)
-        before += tl.sum(kept, axis=0)
-    if FROM_SLOTS:
-        for start in range(0, width, BLOCK_S):
-            slot = start + offs
-            empty = tl.full((BLOCK_S,), 0, tl.int32) + capacity
-            tl.store(keep_ptr + slot, empty, mask=(slot >= count) & (slot < width))
-    else:
-        tl.store(candidates_ptr + length, before.to(tl.int64))
-        tl.store(plan_ptr + _THRESHOLD, threshold)
+    length = tl.load(length_ptr + b * stride_lb + h * stride_lh)
+    count = tl.load(count_ptr + b * stride_cb + h * stride_ch)
+    count = tl.minimum(count, length)
+    seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
+    recent = tl.load(recent_ptr + b * stride_rb + h * stride_rh)
+    position_ptr += b * stride_pb + h * stride_ph
+    rank = _load_ranks(  # of dead slots too, rather than wait for the length
+        score_ptr + b * stride_sb + h * stride_sh, position_ptr, stride_ss, stride_ps, slot,
+        slot < capacity, seen, recent, num_sinks, HAS_SCORE, MEAN,
+    )  # fmt: skip
+    rank = tl.where(slot < length, rank, _LOWEST_INT)
+    rank_bound, position_bound = _threshold(
+        rank, keep_ptr, position_ptr, stride_ps, length, count, True, BLOCK_S
+    )
+    kept = _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound).to(tl.int32)
+    entry = tl.cumsum(kept, axis=0) - kept
+    tl.store(keep_ptr + entry, slot, mask=(kept > 0) & (entry < width))
+    for start in range(0, width, BLOCK_S):
+        entry = start + slot
+        empty = tl.full((BLOCK_S,), 0, tl.int32) + capacity
+        tl.store(keep_ptr + entry, empty, mask=(entry >= count) & (entry < width))
 
 
 @triton.jit
@@ -233,7 +280,7 @@ def _survey_kernel(
     count_ptr,
     seen_ptr,
     recent_ptr,
-    keys_ptr,
+    rank_ptr,
     histogram_ptr,
     plan_ptr,
     stride_sb,
@@ -259,7 +306,7 @@ def _survey_kernel(
     MEAN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # Write the keys of a chunk and how many fall into each bin.
+    # Write the ranks of a chunk and how many fall into each bin.
     wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -275,58 +322,63 @@ def _survey_kernel(
         # All programs of a list agree on the bins: they draw the same sample.
         slot = (tl.arange(0, _NUM_SAMPLES).to(tl.int64) * length // _NUM_SAMPLES).to(tl.int32)
         live = slot < length
-        key = _load_keys(
+        rank = _load_ranks(
             score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent, num_sinks,
             HAS_SCORE, MEAN,
         )  # fmt: skip
         # Infinite scores would stretch the range until all others fall into a few bins.
-        live &= (key >= _FINITE) & (key < _INFINITE)
-        lowest = tl.min(tl.where(live, key, _PROTECTED), axis=0)
-        highest = tl.maximum(tl.max(tl.where(live, key, _MIN_KEY), axis=0), lowest)
-        shift = _bin_shift(highest - lowest)
+        live &= (rank >= _FINITE) & (rank < _INFINITE)
+        lowest = tl.min(tl.where(live, rank, _INFINITE), axis=0)
+        highest = tl.maximum(tl.max(tl.where(live, rank, _LOWEST_INT), axis=0), lowest)
+        shift = _bin_shift(highest.to(tl.int64) - lowest)
 
         slot = start + tl.arange(0, CHUNK)
         live = slot < length
-        key = _load_keys(
+        rank = _load_ranks(
             score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent, num_sinks,
             HAS_SCORE, MEAN,
         )  # fmt: skip
-        tl.store(keys_ptr + row * capacity + slot, key, mask=live)
-        bin_of_key = tl.minimum(tl.maximum((key - lowest) >> shift, 0), _NUM_BINS - 1)
+        tl.store(rank_ptr + row * capacity + slot, rank, mask=live)
         # Bin 0 also gets the slots past the length, which only the last chunk has.
-        histogram = tl.histogram(tl.where(live, bin_of_key, 0).to(tl.int32), _NUM_BINS)
+        histogram = tl.histogram(tl.where(live, _bin(rank, lowest, shift), 0), _NUM_BINS)
         bins = tl.arange(0, _NUM_BINS)
         tl.store(histogram_ptr + (row * num_chunks + chunk) * _NUM_BINS + bins, histogram)
         if chunk == 0:
             count = tl.load(count_ptr + b * stride_cb + h * stride_ch)
             plan_ptr += row * _PLAN
             tl.store(plan_ptr + _LOWEST, lowest)
-            tl.store(plan_ptr + _SHIFT, shift.to(tl.int64))
-            tl.store(plan_ptr + _LENGTH, length.to(tl.int64))
-            tl.store(plan_ptr + _COUNT, tl.minimum(count, length).to(tl.int64))
+            tl.store(plan_ptr + _SHIFT, shift)
+            tl.store(plan_ptr + _LENGTH, length)
+            tl.store(plan_ptr + _COUNT, tl.minimum(count, length))
 
 
 @triton.jit
 def _gather_kernel(
-    keys_ptr,
+    rank_ptr,
+    position_ptr,
     histogram_ptr,
     candidates_ptr,
     before_ptr,
     plan_ptr,
+    stride_pb,
+    stride_ph,
+    stride_ps,
+    num_heads,
     capacity,
     num_chunks,
     EARLY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # Copy the keys of a chunk that lie in the bin of the threshold behind those of earlier chunks.
+    # Copy ranks and positions of a chunk's slots that lie in the bin of the threshold, behind those
+    # of earlier chunks.
     wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     plan_ptr += row * _PLAN
-    length = tl.load(plan_ptr + _LENGTH).to(tl.int32)
+    length = tl.load(plan_ptr + _LENGTH)
     start = chunk * CHUNK
     if (chunk == 0) | (start < length):
-        need = tl.load(plan_ptr + _COUNT).to(tl.int32)
+        need = tl.load(plan_ptr + _COUNT)
         lowest = tl.load(plan_ptr + _LOWEST)
         shift = tl.load(plan_ptr + _SHIFT)
         bins = tl.arange(0, _NUM_BINS)
@@ -345,51 +397,79 @@ def _gather_kernel(
 
         slot = start + tl.arange(0, CHUNK)
         live = slot < length
-        key = tl.load(keys_ptr + row * capacity + slot, mask=live, other=0)
-        bin_of_key = tl.minimum(tl.maximum((key - lowest) >> shift, 0), _NUM_BINS - 1)
-        match = (live & (bin_of_key == found)).to(tl.int32)
-        target = first + tl.cumsum(match, axis=0) - match
-        tl.store(candidates_ptr + row * (capacity + 1) + target, key, mask=match > 0)
+        rank = tl.load(rank_ptr + row * capacity + slot, mask=live, other=0)
+        match = live & (_bin(rank, lowest, shift) == found)
+        matches = match.to(tl.int32)
+        target = first + tl.cumsum(matches, axis=0) - matches
+        position_ptr += (row // num_heads) * stride_pb + (row % num_heads) * stride_ph
+        position = tl.load(position_ptr + slot.to(tl.int64) * stride_ps, mask=match, other=0)
+        candidates_ptr += 2 * row * capacity
+        tl.store(candidates_ptr + target, rank, mask=match)
+        tl.store(candidates_ptr + capacity + target, position, mask=match)
         before_ptr += (row * num_chunks + chunk) * 2
         tl.store(before_ptr, kept)
         tl.store(before_ptr + 1, first)
         if chunk == 0:
-            tl.store(plan_ptr + _INSIDE, inside.to(tl.int64))
-            tl.store(plan_ptr + _NEED, (need - above).to(tl.int64))
+            tl.store(plan_ptr + _INSIDE, inside)
+            tl.store(plan_ptr + _NEED, need - above)
 
 
 @triton.jit
 def _write_kernel(
-    keys_ptr,
+    rank_ptr,
+    position_ptr,
     candidates_ptr,
     before_ptr,
     plan_ptr,
     keep_ptr,
+    stride_pb,
+    stride_ph,
+    stride_ps,
+    num_heads,
     capacity,
     width,
     num_chunks,
     EARLY: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    # Write the kept slots of a chunk, and a chunk of the entries behind the count.
+    # Find the threshold; write the kept slots of a chunk, and its part of what lies behind them.
     wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     plan_ptr += row * _PLAN
     keep_ptr += row * width
-    length = tl.load(plan_ptr + _LENGTH).to(tl.int32)
-    count = tl.load(plan_ptr + _COUNT).to(tl.int32)
+    candidates_ptr += 2 * row * capacity
+    length = tl.load(plan_ptr + _LENGTH)
+    count = tl.load(plan_ptr + _COUNT)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
     if chunk * CHUNK < length:
-        threshold = tl.load(plan_ptr + _THRESHOLD)
+        inside = tl.load(plan_ptr + _INSIDE)
+        need = tl.load(plan_ptr + _NEED)
+        offs = tl.arange(0, BLOCK_S)
+        positions_ptr = candidates_ptr + capacity
+        held = _block_of_ranks(offs, candidates_ptr, offs, inside, False)
+        if inside <= BLOCK_S:
+            rank_bound, position_bound = _threshold(
+                held, candidates_ptr, positions_ptr, 1, inside, need, True, BLOCK_S
+            )
+        else:
+            rank_bound, position_bound = _threshold(
+                held, candidates_ptr, positions_ptr, 1, inside, need, False, BLOCK_S
+            )
+        # Kept slots of earlier chunks: those above the bin of the threshold, and candidates.
         before_ptr += (row * num_chunks + chunk) * 2
         first = tl.load(before_ptr + 1)
-        among_candidates = tl.load(candidates_ptr + row * (capacity + 1) + first).to(tl.int32)
-        live = slot < length
-        key = tl.load(keys_ptr + row * capacity + slot, mask=live, other=0)
-        kept = (live & (key >= threshold)).to(tl.int32)
-        rank = tl.load(before_ptr) + among_candidates + tl.cumsum(kept, axis=0) - kept
-        tl.store(keep_ptr + rank, slot, mask=(kept > 0) & (rank < width))
+        before = tl.load(before_ptr)
+        for start in range(0, first, BLOCK_S):
+            rank = _block_of_ranks(held, candidates_ptr, start + offs, first, False)
+            kept = _reaches(rank, positions_ptr, 1, start + offs, rank_bound, position_bound)
+            before += tl.sum(kept.to(tl.int32), axis=0)
+        rank = _block_of_ranks(slot, rank_ptr + row * capacity, slot, length, False)
+        position_ptr += (row // num_heads) * stride_pb + (row % num_heads) * stride_ph
+        kept = _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound).to(tl.int32)
+        entry = before + tl.cumsum(kept, axis=0) - kept
+        tl.store(keep_ptr + entry, slot, mask=(kept > 0) & (entry < width))
     empty = tl.full((CHUNK,), 0, tl.int32) + capacity
     tl.store(keep_ptr + slot, empty, mask=(slot >= count) & (slot < width))
 
@@ -460,32 +540,27 @@ def select_top(
         if capacity <= _MAX_SINGLE:
             block_s = max(triton.next_power_of_2(capacity), 128)
             _select_top_kernel[(num_lists,)](
-                *held, keep, keep, keep, *strides, num_heads, num_sinks, capacity, width,
-                **options, FROM_SLOTS=True, BLOCK_S=block_s,
-                num_warps=min(max(block_s // 256, 4), 16),
+                *held, keep, *strides, num_heads, num_sinks, capacity, width,
+                **options, BLOCK_S=block_s, num_warps=8,
             )  # fmt: skip
             return keep
         num_chunks = triton.cdiv(max(capacity, width), _CHUNK)
         grid = (num_lists, num_chunks)
-        keys = position.new_empty((num_lists, capacity), dtype=torch.int64)
-        candidates = position.new_empty((num_lists, capacity + 1), dtype=torch.int64)
-        plan = position.new_empty((num_lists, _PLAN.value), dtype=torch.int64)
+        ranks = position.new_empty((num_lists, capacity))
+        candidates = position.new_empty((num_lists, 2, capacity))
+        plan = position.new_empty((num_lists, _PLAN.value))
         histogram = position.new_empty((num_lists, num_chunks, _NUM_BINS.value))
         before = position.new_empty((num_lists, num_chunks, 2))
         _survey_kernel[grid](
-            *held, keys, histogram, plan, *strides, num_heads, num_sinks, capacity, num_chunks,
+            *held, ranks, histogram, plan, *strides, num_heads, num_sinks, capacity, num_chunks,
             **options, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
         _gather_kernel[grid](
-            keys, histogram, candidates, before, plan, capacity, num_chunks, CHUNK=_CHUNK,
-            num_warps=8, **early,
-        )  # fmt: skip
-        _select_top_kernel[(num_lists,)](
-            *held, keep, candidates, plan, *strides, num_heads, num_sinks, capacity, width,
-            **options, FROM_SLOTS=False, BLOCK_S=_BLOCK, num_warps=4,
+            ranks, position, histogram, candidates, before, plan, *position.stride(), num_heads,
+            capacity, num_chunks, CHUNK=_CHUNK, num_warps=8, **early,
         )  # fmt: skip
         _write_kernel[grid](
-            keys, candidates, before, plan, keep, capacity, width, num_chunks, CHUNK=_CHUNK,
-            num_warps=8, **early,
+            ranks, position, candidates, before, plan, keep, *position.stride(), num_heads,
+            capacity, width, num_chunks, CHUNK=_CHUNK, BLOCK_S=_BLOCK, num_warps=8, **early,
         )  # fmt: skip
     return keep

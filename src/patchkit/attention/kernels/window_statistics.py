@@ -46,7 +46,7 @@ def _window_statistics_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_ks,
     stride_pb, stride_ph, stride_ps, stride_lb, stride_lh, stride_sb, stride_sh,
-    stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs, stride_ab,
+    stride_eb, stride_eh, stride_ei, stride_cb, stride_ch, stride_cs, stride_as, stride_ab,
     num_kv_heads, groups, q_len, first_head, scale, gamma, sliding_window, softcap,
     EARLY: tl.constexpr, D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -67,13 +67,12 @@ def _window_statistics_kernel(
     score_ptr += b * stride_cb + h * stride_ch
     query_ptr += b * stride_qb + (h * groups + first_head) * stride_qh
     lse_ptr += b * stride_eb + (h * groups + first_head) * stride_eh
-    partial_ptr += pid.to(tl.int64) * num_splits + split  # entropies, then variances
+    partial_ptr += b * stride_ab + h * num_splits + split
 
-    q, i, counts, lse = window_queries(
+    q, counts, lse = window_queries(
         query_ptr, lse_ptr, stride_qh, stride_qi, stride_eh, stride_ei, groups - first_head, q_len,
-        BLOCK_Q, D, UPCAST, HEADS * BLOCK_Q, BLOCK_D,
+        D, UPCAST, HEADS, BLOCK_Q, BLOCK_D,
     )  # fmt: skip
-    column = oldest + i
     counted = tl.reshape(tl.where(counts, 1.0, 0.0), (HEADS, BLOCK_Q))
     count = tl.sum(counted, axis=1)
     inverse = 1 / tl.maximum(count, 1.0)  # [HEADS]
@@ -81,45 +80,26 @@ def _window_statistics_kernel(
 
     entropy = tl.zeros((BLOCK_N,), tl.float32)
     shift = tl.zeros((BLOCK_N,), tl.float32)
-    first = (split * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    k_ptr = keys_ptr + first[:, None] * stride_ks + tl.arange(0, BLOCK_D)[None, :]
-    k_step = num_splits.to(tl.int64) * BLOCK_N * stride_ks
-    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N)
-    for tile in range(split, first_masked, num_splits):
-        slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    first_masked = first_masked_tile(length, q_len, HAS_WINDOW, BLOCK_N) * BLOCK_N
+    for tile in range(split, tl.cdiv(length, BLOCK_N), num_splits):
         logits = window_logits(
-            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
-            sliding_window, softcap, D, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
+            keys_ptr, position_ptr, stride_ks, stride_ps, tile * BLOCK_N, first_masked, length,
+            q, lse, oldest, q_len, scale, sliding_window, softcap, D, HAS_WINDOW, HAS_SOFTCAP,
+            UPCAST, PRECISION, BLOCK_Q, HEADS * BLOCK_Q, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         mean, variance, bits = _moments(
             logits, counted, inverse, inverse_rest, HEADS, BLOCK_Q, BLOCK_N
         )
-        entropy += bits
-        shift += variance
-        score = mean + gamma * variance
-        score += tl.load(score_ptr + slot * stride_cs, mask=slot < scored, other=0.0)
-        tl.store(score_ptr + slot * stride_cs, score)
-        k_ptr += k_step
-    passed = tl.cdiv(tl.maximum(first_masked - split, 0), num_splits)
-    for tile in range(split + passed * num_splits, tl.cdiv(length, BLOCK_N), num_splits):
         slot = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        logits = window_logits(
-            k_ptr, position_ptr + slot * stride_ps, slot, length, q, lse, column, scale,
-            sliding_window, softcap, D, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST, PRECISION, BLOCK_D,
-        )  # fmt: skip
-        mean, variance, bits = _moments(
-            logits, counted, inverse, inverse_rest, HEADS, BLOCK_Q, BLOCK_N
-        )
         live = slot < length
-        older = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1) < oldest
+        older = tl.load(position_ptr + slot * stride_ps, mask=live, other=oldest) < oldest
         entropy += tl.where(older, bits, 0.0)
         shift += tl.where(older, variance, 0.0)
         score = mean + gamma * variance
         score += tl.load(score_ptr + slot * stride_cs, mask=slot < scored, other=0.0)
         tl.store(score_ptr + slot * stride_cs, score, mask=live)
-        k_ptr += k_step
     tl.store(partial_ptr, tl.maximum(tl.sum(entropy, axis=0) * LN_2, 0.0))
-    tl.store(partial_ptr + stride_ab, tl.sum(shift, axis=0))
+    tl.store(partial_ptr + stride_as, tl.sum(shift, axis=0))
 
 
 def _blocks(
@@ -184,9 +164,10 @@ def window_statistics(
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
 
     Returns:
-        `[2, B]` float32: the sum of `-p * log(p)` over the heads, the queries and the live slots
-        with `position < seen - Q`, those older than the window, not negative; and the sum of the
-        variances over the heads and these slots.
+        `[2, B, N]` float32, two sums in any number of parts N, left to add up: that of `-p * log(p)`
+        over the heads, the queries and the live slots with `position < seen - Q`, those older than
+        the window, in parts that are not negative; and that of the variances over the heads and
+        these slots.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or Q is out
@@ -208,7 +189,7 @@ def window_statistics(
         score=(score, (*lists, capacity), torch.float32),
     )
     if score.numel() == 0 or num_heads == 0:
-        return query.new_zeros((2, batch_size), dtype=torch.float32)
+        return query.new_zeros((2, batch_size, 1), dtype=torch.float32)
 
     num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -216,14 +197,14 @@ def window_statistics(
     blocks = _blocks(groups, q_len, block_d, query.element_size(), shared)
     num_splits = splits(num_lists, triton.cdiv(capacity, blocks["BLOCK_N"]))
     first_heads = range(0, groups, blocks["HEADS"])
-    shape = (len(first_heads), 2, batch_size, num_kv_heads * num_splits)
+    shape = (2, batch_size, len(first_heads), num_kv_heads * num_splits)  # entropies, variances
     partial = query.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        for first_head, sums in zip(first_heads, partial, strict=True):
+        for first_head, sums in zip(first_heads, partial.unbind(2), strict=True):
             _window_statistics_kernel[(num_lists, num_splits)](
                 query, keys, position, length, seen, lse, score, sums,
                 *query.stride()[:3], *keys.stride()[:3], *position.stride(), *length.stride(),
-                *seen.stride(), *lse.stride(), *score.stride(), partial.stride(1),
+                *seen.stride(), *lse.stride(), *score.stride(), *sums.stride()[:2],
                 num_kv_heads, groups, q_len, first_head, float(scale), float(gamma),
                 sliding_window or 0, float(softcap or 1.0),
                 D=head_dim, HAS_WINDOW=sliding_window is not None,
@@ -231,4 +212,4 @@ def window_statistics(
                 PRECISION="ieee" if dtype == torch.float32 else "tf32",
                 BLOCK_D=block_d, **launch_options(query.device), **blocks,
             )  # fmt: skip
-    return partial.sum((0, 3))
+    return partial.flatten(2)

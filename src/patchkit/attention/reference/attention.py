@@ -259,9 +259,10 @@ def window_statistics(
         gamma: Factor on the variances.
 
     Returns:
-        `[2, B]` float32: the sum of `-p * log(p)` over the heads, the queries and the live slots
-        with `position < seen - Q`, those older than the window, not negative; and the sum of the
-        variances over the heads and these slots.
+        `[2, B, N]` float32, two sums in any number of parts N, left to add up: that of `-p * log(p)`
+        over the heads, the queries and the live slots with `position < seen - Q`, those older than
+        the window, in parts that are not negative; and that of the variances over the heads and
+        these slots.
     """
     batch_size, num_heads, q_len, _ = query.shape
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -284,7 +285,7 @@ def window_statistics(
         sums[0] -= torch.special.xlogy(p, p).masked_fill_(~older.unsqueeze(2), 0).sum((1, 2, 3))
         sums[1] += variance.masked_fill(~older, 0).sum((1, 2))
     score.copy_(torch.where(live, total, score))
-    return sums.clamp_min_(0)
+    return sums.clamp_min_(0)[..., None]
 
 
 def pool_scores(
