@@ -24,10 +24,12 @@ from patchkit.dependent_launch import launch_options, wait_for_previous
 
 __all__ = ["select_top"]
 
-# Capacity up to which one program per list does everything, holding its ranks in registers; slots
-# per program beyond, and candidates that a program takes at a time.
+# Capacity up to which one program per list does everything, holding its ranks in registers.
 _MAX_SINGLE = 8192
+# Slots per program beyond, or twice as many where lists are so long that programs would wait for
+# each other; candidates that a program takes at a time.
 _CHUNK = 2048
+_LONG = 65536
 _BLOCK = 1024
 
 _NUM_BINS = tl.constexpr(256)
@@ -467,7 +469,8 @@ def _write_kernel(
             before += tl.sum(kept.to(tl.int32), axis=0)
         rank = _block_of_ranks(slot, rank_ptr + row * capacity, slot, length, False)
         position_ptr += (row // num_heads) * stride_pb + (row % num_heads) * stride_ph
-        kept = _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound).to(tl.int32)
+        kept = _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound)
+        kept = kept.to(tl.int32)
         entry = before + tl.cumsum(kept, axis=0) - kept
         tl.store(keep_ptr + entry, slot, mask=(kept > 0) & (entry < width))
     empty = tl.full((CHUNK,), 0, tl.int32) + capacity
@@ -544,7 +547,8 @@ def select_top(
                 **options, BLOCK_S=block_s, num_warps=8,
             )  # fmt: skip
             return keep
-        num_chunks = triton.cdiv(max(capacity, width), _CHUNK)
+        chunk = _CHUNK if capacity <= _LONG else 2 * _CHUNK
+        num_chunks = triton.cdiv(max(capacity, width), chunk)
         grid = (num_lists, num_chunks)
         ranks = position.new_empty((num_lists, capacity))
         candidates = position.new_empty((num_lists, 2, capacity))
@@ -553,14 +557,14 @@ def select_top(
         before = position.new_empty((num_lists, num_chunks, 2))
         _survey_kernel[grid](
             *held, ranks, histogram, plan, *strides, num_heads, num_sinks, capacity, num_chunks,
-            **options, CHUNK=_CHUNK, num_warps=8,
+            **options, CHUNK=chunk, num_warps=8,
         )  # fmt: skip
         _gather_kernel[grid](
             ranks, position, histogram, candidates, before, plan, *position.stride(), num_heads,
-            capacity, num_chunks, CHUNK=_CHUNK, num_warps=8, **early,
+            capacity, num_chunks, CHUNK=chunk, num_warps=8, **early,
         )  # fmt: skip
         _write_kernel[grid](
             ranks, position, candidates, before, plan, keep, *position.stride(), num_heads,
-            capacity, width, num_chunks, CHUNK=_CHUNK, BLOCK_S=_BLOCK, num_warps=8, **early,
+            capacity, width, num_chunks, CHUNK=chunk, BLOCK_S=_BLOCK, num_warps=8, **early,
         )  # fmt: skip
     return keep

@@ -164,10 +164,9 @@ def window_statistics(
         softcap: Logits become `softcap * tanh(logits / softcap)`, after `scale`. None: unchanged.
 
     Returns:
-        `[2, B, N]` float32, two sums in any number of parts N, left to add up: that of `-p * log(p)`
-        over the heads, the queries and the live slots with `position < seen - Q`, those older than
-        the window, in parts that are not negative; and that of the variances over the heads and
-        these slots.
+        `[2, B, N]` float32, two sums in N parts, left to add up: of `-p * log(p)` over the heads,
+        the queries and the live slots with `position < seen - Q`, those older than the window, in
+        parts that are not negative; and of the variances over the heads and these slots.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides disagree, an input requires grad, or Q is out

@@ -259,10 +259,9 @@ def window_statistics(
         gamma: Factor on the variances.
 
     Returns:
-        `[2, B, N]` float32, two sums in any number of parts N, left to add up: that of `-p * log(p)`
-        over the heads, the queries and the live slots with `position < seen - Q`, those older than
-        the window, in parts that are not negative; and that of the variances over the heads and
-        these slots.
+        `[2, B, N]` float32, two sums in N parts, left to add up: of `-p * log(p)` over the heads,
+        the queries and the live slots with `position < seen - Q`, those older than the window, in
+        parts that are not negative; and of the variances over the heads and these slots.
     """
     batch_size, num_heads, q_len, _ = query.shape
     compute = torch.promote_types(query.dtype, torch.float32)
