@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["append"]
 
@@ -167,11 +168,11 @@ def append(
     if num_tokens == 0 or batch_size * num_heads == 0:
         return
 
-    block_t = min(triton.next_power_of_2(num_tokens), _MAX_BLOCK_T)
+    block_t = min(next_power_of_2(num_tokens), _MAX_BLOCK_T)
     single = num_tokens <= block_t
     mask = length if valid is None else valid.view(torch.uint8)
     with torch.cuda.device_of(keys):
-        _append_kernel[(batch_size * num_heads, triton.cdiv(num_tokens, block_t))](
+        _append_kernel[(batch_size * num_heads, cdiv(num_tokens, block_t))](
             keys,
             values,
             position,
@@ -198,7 +199,7 @@ def append(
             UPDATE=single,
             **launch_options(keys.device, batch_size * num_tokens),
             BLOCK_T=block_t,
-            BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),
+            BLOCK_D=min(next_power_of_2(max(head_dim, value_dim)), 128),
             BLOCK_SCAN=1024,
             num_warps=4 if block_t > 4 else 1,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, per_head, shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["attention_lse"]
 
@@ -187,7 +188,7 @@ def _blocks(rows: int, block_d: int, element_size: int, shared: int) -> dict[str
     Triton 3.6 keeps a second copy of the queries for each of the two loops, 128 rows at a time.
     """
     for block_m, block_n, stages in _TILES[4:] if element_size == 4 else _TILES:
-        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
+        block_m = min(block_m, max(16, next_power_of_2(rows)))
         held = block_m + 2 * min(block_m, 128) + stages * block_n  # rows
         if held * block_d * element_size <= shared:
             break
@@ -267,10 +268,10 @@ def attention_lse(
         return lse
 
     num_lists, rows = batch_size * num_kv_heads, num_heads // num_kv_heads * q_len
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     blocks = _blocks(rows, block_d, query.element_size(), shared_bytes(query.device))
-    num_columns = num_lists * triton.cdiv(rows, blocks["BLOCK_M"])
-    num_splits = splits(num_columns, triton.cdiv(capacity, blocks["BLOCK_N"]))
+    num_columns = num_lists * cdiv(rows, blocks["BLOCK_M"])
+    num_splits = splits(num_columns, cdiv(capacity, blocks["BLOCK_N"]))
     partial = lse.new_empty((num_lists, num_splits, rows))
     with torch.cuda.device_of(query):
         _attention_lse_kernel[(num_columns, num_splits)](
@@ -283,7 +284,7 @@ def attention_lse(
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
             BLOCK_D=block_d, **blocks,
         )  # fmt: skip
-        _merge_lse_kernel[(num_lists, triton.cdiv(rows, 32))](
+        _merge_lse_kernel[(num_lists, cdiv(rows, 32))](
             partial, partial if sinks is None else sinks, lse,
             0 if sinks is None else sinks.stride(0), num_kv_heads, rows, q_len, num_splits,
             HAS_SINKS=sinks is not None, BLOCK_S=32, BLOCK_M=32, num_warps=4,

@@ -23,6 +23,7 @@ from patchkit.attention.kernels.attention_lse import (
 )
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["attention_mass"]
 
@@ -261,8 +262,8 @@ def _window_blocks(
 ) -> dict[str, int] | None:
     """Choose tiles for queries that are one tile, or None where they are not or do not fit."""
     wide = element_size == 4
-    heads = triton.next_power_of_2(groups)
-    block_q = max(16 // heads, triton.next_power_of_2(q_len))
+    heads = next_power_of_2(groups)
+    block_q = max(16 // heads, next_power_of_2(q_len))
     block_m = heads * block_q
     if block_m > (32 if wide else 256):
         return None
@@ -292,15 +293,15 @@ def _blocks(
     for block_n, block_m, stages in _FLOAT32_TILES if element_size == 4 else _TILES:
         if (block_n + stages * block_m) * block_d * element_size <= shared:
             break
-    q_pow2 = triton.next_power_of_2(max(q_len, 1))
-    block_m = min(block_m, max(16, q_pow2 * triton.next_power_of_2(groups)))
+    q_pow2 = next_power_of_2(max(q_len, 1))
+    block_m = min(block_m, max(16, q_pow2 * next_power_of_2(groups)))
     tile_q = min(block_m, q_pow2)
     heads = block_m // tile_q
-    num_tiles = triton.cdiv(groups, heads) * triton.cdiv(q_len, tile_q)
+    num_tiles = cdiv(groups, heads) * cdiv(q_len, tile_q)
     # Where programs of old slots run longest, one round would end unevenly.
     least, rounds = (min(block_n, 64), 4) if num_tiles > 1 else (16, 1)
     target = rounds * _TARGET_PROGRAMS
-    while block_n > least and num_lists * triton.cdiv(capacity, block_n) < target:
+    while block_n > least and num_lists * cdiv(capacity, block_n) < target:
         block_n //= 2
     blocks = {"BLOCK_N": block_n, "TILE_Q": tile_q, "HEADS": heads}
     many = element_size == 4 and block_n * block_m > 512
@@ -370,7 +371,7 @@ def attention_mass(
         return
 
     num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     shared = shared_bytes(query.device)
     tensors = (
         query, keys, position, length, seen, lse, score, starts(list_start, length)
@@ -394,14 +395,14 @@ def attention_mass(
     window = _window_blocks(groups, q_len, block_d, query.element_size(), shared)
     with torch.cuda.device_of(query):
         if window is not None:
-            num_splits = splits(num_lists, triton.cdiv(capacity, window["BLOCK_N"]))
+            num_splits = splits(num_lists, cdiv(capacity, window["BLOCK_N"]))
             _window_mass_kernel[(num_lists, num_splits)](
                 *tensors, *strides, num_kv_heads, groups, q_len, *numbers,
                 **options, **window,
             )  # fmt: skip
             return
         blocks = _blocks(groups, q_len, capacity, num_lists, block_d, query.element_size(), shared)
-        num_blocks = triton.cdiv(capacity, blocks["BLOCK_N"])
+        num_blocks = cdiv(capacity, blocks["BLOCK_N"])
         _attention_mass_kernel[(num_blocks * num_lists,)](
             *tensors, *strides, num_lists, num_kv_heads, q_len, *numbers,
             GROUPS=groups, **options, **blocks,

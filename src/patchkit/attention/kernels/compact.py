@@ -13,11 +13,13 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["compact"]
 
 
-@triton.jit
+# Budgets differ from layer to layer; a kernel for each kind of number would be built in the prompt.
+@triton.jit(do_not_specialize=["stride_ib", "stride_ih", "width", "out_capacity"])
 def _compact_kernel(
     keys_ptr,
     values_ptr,
@@ -199,7 +201,7 @@ def compact(
     ranking, out_ranking = (position, out_position) if score is None else (score, out_score)
     assert out_ranking is not None
     with torch.cuda.device_of(keys):
-        _compact_kernel[(batch_size * num_heads, max(triton.cdiv(touched, block_s), 1))](
+        _compact_kernel[(batch_size * num_heads, max(cdiv(touched, block_s), 1))](
             keys,
             values,
             position,
@@ -234,6 +236,6 @@ def compact(
             HAS_LIST_START=list_start is not None,
             HAS_OUT_LIST_START=out_list_start is not None,
             BLOCK_S=block_s,
-            BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 128),
+            BLOCK_D=min(next_power_of_2(max(head_dim, value_dim)), 128),
             num_warps=4,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, per_head, shared_bytes, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["decode_attention"]
 
@@ -288,15 +289,15 @@ def decode_attention(
     if out.numel() == 0:
         return out
 
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_dv = max(16, triton.next_power_of_2(value_dim))
+    block_m = max(16, next_power_of_2(rows))
+    block_d = max(16, next_power_of_2(head_dim))
+    block_dv = max(16, next_power_of_2(value_dim))
     many = num_lists > _TARGET_PROGRAMS // 2
     shared = shared_bytes(query.device)
     blocks = _blocks(block_d + block_dv, block_m, query.element_size(), many, shared)
     # From shapes only, so that the grid can be captured: fill the GPU, at least one tile each.
-    num_tiles = triton.cdiv(capacity if indices is None else num_indices, blocks["BLOCK_N"])
-    num_splits = max(1, min(num_tiles, triton.cdiv(_TARGET_PROGRAMS, num_lists)))
+    num_tiles = cdiv(capacity if indices is None else num_indices, blocks["BLOCK_N"])
+    num_splits = max(1, min(num_tiles, cdiv(_TARGET_PROGRAMS, num_lists)))
     partial = query.new_empty((num_lists, num_splits, rows, value_dim), dtype=torch.float32)
     stats = query.new_empty((num_lists, num_splits, rows, 2), dtype=torch.float32)
     early = launch_options(query.device, batch_size * q_len)
@@ -323,6 +324,6 @@ def decode_attention(
             0 if sinks is None else sinks.stride(0), num_kv_heads, num_splits,
             Q=q_len, ROWS=rows, D_V=value_dim, HAS_SINKS=sinks is not None,
             HAS_LSE=lse is not None, BLOCK_DV=block_dv, num_warps=4, **early,
-            BLOCK_S=max(2, min(triton.next_power_of_2(num_splits), 32)),
+            BLOCK_S=max(2, min(next_power_of_2(num_splits), 32)),
         )  # fmt: skip
     return out

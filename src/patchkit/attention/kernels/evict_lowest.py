@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["evict_lowest"]
 
@@ -215,7 +216,7 @@ def evict_lowest(
             HAS_SCORE=score is not None,
             MEAN=mean and score is not None,
             HAS_LIST_START=list_start is not None,
-            BLOCK_S=min(triton.next_power_of_2(capacity), 2048),
-            BLOCK_D=min(triton.next_power_of_2(max(head_dim, value_dim)), 1024),
+            BLOCK_S=min(next_power_of_2(capacity), 2048),
+            BLOCK_D=min(next_power_of_2(max(head_dim, value_dim)), 1024),
             num_warps=8,
         )

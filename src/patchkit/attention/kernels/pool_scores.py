@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["pool_scores"]
 
@@ -97,7 +98,7 @@ def pool_scores(
     together = num_heads if share else 1
     lists_per_row = num_heads // together
     with torch.cuda.device_of(score):
-        _pool_scores_kernel[(batch_size * lists_per_row, triton.cdiv(capacity, _BLOCK))](
+        _pool_scores_kernel[(batch_size * lists_per_row, cdiv(capacity, _BLOCK))](
             score, length, length if count is None else count, out,
             *score.stride(), *length.stride(), 0 if count is None else count.stride(0),
             *out.stride(), lists_per_row, float(scale),

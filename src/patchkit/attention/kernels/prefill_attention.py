@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, per_head, shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["prefill_attention"]
 
@@ -269,10 +270,10 @@ def prefill_attention(
     if out.numel() == 0:
         return out
 
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_dv = max(16, triton.next_power_of_2(value_dim))
+    block_d = max(16, next_power_of_2(head_dim))
+    block_dv = max(16, next_power_of_2(value_dim))
     blocks = _blocks(block_d, block_dv, query.element_size(), shared_bytes(query.device))
-    num_blocks = triton.cdiv(q_len, blocks["BLOCK_M"])
+    num_blocks = cdiv(q_len, blocks["BLOCK_M"])
     with torch.cuda.device_of(query):
         _prefill_attention_kernel[(num_blocks * batch_size * num_heads,)](
             query, keys, values, position, length, seen,

@@ -22,6 +22,7 @@ from patchkit.decoding.kernels.rms_norm import inverse_rms, num_warps, weighted
 from patchkit.decoding.kernels.rotary import angles, turn
 from patchkit.decoding.reference import Table, rotated_elements
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["rotary_append"]
 
@@ -255,7 +256,7 @@ def rotary_append(
     pairs, value_dim = rotated_elements(cos, table) // 2, values.shape[3]
     if batch_size * k_heads == 0:
         return
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     with torch.cuda.device_of(q):
         _rotary_append_kernel[(batch_size, k_heads + q_heads)](
             keys,
@@ -292,9 +293,9 @@ def rotary_append(
             HAS_LIST_START=list_start is not None,
             **launch_options(q.device, batch_size),
             BLOCK_D=block_d,
-            BLOCK_V=triton.next_power_of_2(max(value_dim, 1)),
-            BLOCK_P=triton.next_power_of_2(max(pairs, 1)),
-            BLOCK_REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)),
+            BLOCK_V=next_power_of_2(max(value_dim, 1)),
+            BLOCK_P=next_power_of_2(max(pairs, 1)),
+            BLOCK_REST=next_power_of_2(max(dim - 2 * pairs, 1)),
             num_warps=num_warps(block_d),
             enable_fp_fusion=False,  # a fused multiply-add would not round the product
         )

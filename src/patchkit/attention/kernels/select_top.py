@@ -21,6 +21,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["select_top"]
 
@@ -213,7 +214,7 @@ def _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound):
     return (rank > rank_bound) | tied
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sinks", "width"])
 def _select_top_kernel(
     score_ptr,
     position_ptr,
@@ -274,7 +275,7 @@ def _select_top_kernel(
         tl.store(keep_ptr + entry, empty, mask=(entry >= count) & (entry < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sinks"])
 def _survey_kernel(
     score_ptr,
     position_ptr,
@@ -416,7 +417,7 @@ def _gather_kernel(
             tl.store(plan_ptr + _NEED, need - above)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _write_kernel(
     rank_ptr,
     position_ptr,
@@ -541,14 +542,14 @@ def select_top(
 
     with torch.cuda.device_of(position):
         if capacity <= _MAX_SINGLE:
-            block_s = max(triton.next_power_of_2(capacity), 128)
+            block_s = max(next_power_of_2(capacity), 128)
             _select_top_kernel[(num_lists,)](
                 *held, keep, *strides, num_heads, num_sinks, capacity, width,
                 **options, BLOCK_S=block_s, num_warps=8,
             )  # fmt: skip
             return keep
         chunk = _CHUNK if capacity <= _LONG else 2 * _CHUNK
-        num_chunks = triton.cdiv(max(capacity, width), chunk)
+        num_chunks = cdiv(max(capacity, width), chunk)
         grid = (num_lists, num_chunks)
         ranks = position.new_empty((num_lists, capacity))
         candidates = position.new_empty((num_lists, 2, capacity))

@@ -18,6 +18,7 @@ from patchkit.attention.kernels.attention_lse import first_masked_tile, splits
 from patchkit.attention.kernels.attention_mass import window_logits, window_queries
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["window_statistics"]
 
@@ -106,9 +107,9 @@ def _blocks(
     groups: int, q_len: int, block_d: int, element_size: int, shared: int
 ) -> dict[str, int]:
     """Choose how many heads are one tile: all if they fit, two programs on an SM if they do."""
-    block_q = max(16, triton.next_power_of_2(q_len))
+    block_q = max(16, next_power_of_2(q_len))
     wide = element_size == 4
-    heads = min(triton.next_power_of_2(groups), max(1, (32 if wide else 256) // block_q))
+    heads = min(next_power_of_2(groups), max(1, (32 if wide else 256) // block_q))
     sizes = [(heads >> i, *tile) for i in range(heads.bit_length()) for tile in
              (_FLOAT32_TILES if wide else _TILES)]  # fmt: skip
 
@@ -191,10 +192,10 @@ def window_statistics(
         return query.new_zeros((2, batch_size, 1), dtype=torch.float32)
 
     num_lists, groups = batch_size * num_kv_heads, num_heads // num_kv_heads
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     shared = shared_bytes(query.device)
     blocks = _blocks(groups, q_len, block_d, query.element_size(), shared)
-    num_splits = splits(num_lists, triton.cdiv(capacity, blocks["BLOCK_N"]))
+    num_splits = splits(num_lists, cdiv(capacity, blocks["BLOCK_N"]))
     first_heads = range(0, groups, blocks["HEADS"])
     shape = (2, batch_size, len(first_heads), num_kv_heads * num_splits)  # entropies, variances
     partial = query.new_empty(shape, dtype=torch.float32)

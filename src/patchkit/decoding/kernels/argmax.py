@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["argmax"]
 
@@ -84,7 +85,7 @@ def argmax(scores: Tensor) -> Tensor:
     out = torch.empty(batch_size, dtype=torch.int64, device=scores.device)
     if batch_size == 0:
         return out
-    num_blocks = triton.cdiv(num_scores, _BLOCK)
+    num_blocks = cdiv(num_scores, _BLOCK)
     keys = torch.empty(batch_size, num_blocks, dtype=torch.int64, device=scores.device)
     early = launch_options(scores.device, batch_size)
     with torch.cuda.device_of(scores):

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.decoding.reference import ACTIVATIONS
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["gated_activation"]
 
@@ -72,7 +73,7 @@ def gated_activation(
         return out
     block = 1024 if out.numel() < 1 << 20 else 4096
     with torch.cuda.device_of(gate):
-        _gated_activation_kernel[(triton.cdiv(out.numel(), block),)](
+        _gated_activation_kernel[(cdiv(out.numel(), block),)](
             gate,
             up,
             out,

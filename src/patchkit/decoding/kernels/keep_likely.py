@@ -16,6 +16,7 @@ from torch import Tensor
 
 from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, highest_scores
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["keep_likely"]
 
@@ -69,7 +70,7 @@ def keep_likely(scores: Tensor, *, ratio: float, fill: float = -math.inf) -> Ten
     early = launch_options(scores.device, batch_size)
     with torch.cuda.device_of(scores):
         peaks = highest_scores(scores, early)
-        _keep_likely_kernel[(batch_size, triton.cdiv(num_scores, BLOCK))](
+        _keep_likely_kernel[(batch_size, cdiv(num_scores, BLOCK))](
             scores, peaks, out, *scores.stride(), num_scores, float(ratio), float(fill),
             **early, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

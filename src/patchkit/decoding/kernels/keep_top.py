@@ -27,6 +27,7 @@ from torch import Tensor
 from patchkit.decoding.kernels.argmax import ascending
 from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, write_peaks
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["keep_top"]
 
@@ -330,7 +331,7 @@ def keep_top(
         return out
     has_count, has_mass = count is not None, mass is not None
     group, count = BLOCK, min(count or 0, num_scores)
-    while group > _SMALLEST_GROUP and triton.cdiv(num_scores, group) < count:
+    while group > _SMALLEST_GROUP and cdiv(num_scores, group) < count:
         group //= 2
     # The share of the softmax that may go, as transformers compares it: in float32.
     share = 1.0 if mass is None else c_float(1 - mass).value
@@ -338,8 +339,8 @@ def keep_top(
     span = min(math.log(num_scores / share), _LARGEST_SPAN) if share > 0 else _LARGEST_SPAN
     span = max(span, 1.0)
     one = 2.0 ** (62 - num_scores.bit_length())  # no sum leaves 63 bits
-    num_blocks = triton.cdiv(num_scores, BLOCK)
-    num_peaks = triton.cdiv(num_scores, group)
+    num_blocks = cdiv(num_scores, BLOCK)
+    num_peaks = cdiv(num_scores, group)
     peaks = out.new_empty(batch_size, num_blocks, BLOCK // group)
     lows = out.new_empty(batch_size, num_blocks)
     plan = torch.empty(batch_size, _PLAN.value, dtype=torch.int64, device=scores.device)

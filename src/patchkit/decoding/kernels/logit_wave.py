@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.launch_sizes import next_power_of_2
+
 
 @triton.jit(do_not_specialize=["period", "num_tokens", "stride_lb", "stride_rb"])
 def _logit_wave_kernel(
@@ -117,7 +119,7 @@ def logit_wave(
         NUM_WINDOWS=0 if windows is None else windows.shape[0],
         NUM_END=num_end,
         HAS_WAVE=period is not None,
-        BLOCK_R=triton.next_power_of_2(token_ids.numel()),
+        BLOCK_R=next_power_of_2(token_ids.numel()),
         num_warps=1,
     )
     return logits

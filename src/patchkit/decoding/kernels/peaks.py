@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["BLOCK", "check_scores", "highest_of", "highest_scores", "write_peaks"]
 
@@ -109,7 +110,7 @@ def write_peaks(
         EMPTIED=size,
         **early,
         BLOCK=BLOCK,
-        BLOCK_EMPTIED=triton.next_power_of_2(max(size, 1)),
+        BLOCK_EMPTIED=next_power_of_2(max(size, 1)),
         PEAKS=peaks.shape[2],
         num_warps=8,
     )
@@ -120,7 +121,7 @@ def highest_scores(scores: Tensor, early: dict[str, bool]) -> Tensor:
 
     NaN counts as infinity.
     """
-    blocks = (scores.shape[0], triton.cdiv(scores.shape[1], BLOCK))
+    blocks = (scores.shape[0], cdiv(scores.shape[1], BLOCK))
     peaks = torch.empty(blocks, device=scores.device)
     write_peaks(scores, peaks[..., None], early)
     return peaks

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["rms_norm"]
 
@@ -104,7 +105,7 @@ def rms_norm(
         rows = rows.contiguous()
     if out.numel() == 0:
         return out
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     with torch.cuda.device_of(x):
         _rms_norm_kernel[(rows.shape[0],)](
             rows,

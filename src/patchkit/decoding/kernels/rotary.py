@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchkit.decoding.reference import Table, rotary_fits, rotary_outs, rotated_elements
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["rotary"]
 
@@ -214,9 +215,9 @@ def rotary(
     if q.numel() + k.numel() == 0:
         return q_out, k_out
     cos, sin = cos.expand(batch_size, -1, -1), sin.expand(batch_size, -1, -1)
-    block_p = triton.next_power_of_2(max(pairs, 1))
-    block_h = min(max(_PAIRS_AT_ONCE // block_p, 1), triton.next_power_of_2(max(q_heads, k_heads)))
-    blocks = triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h)
+    block_p = next_power_of_2(max(pairs, 1))
+    block_h = min(max(_PAIRS_AT_ONCE // block_p, 1), next_power_of_2(max(q_heads, k_heads)))
+    blocks = cdiv(q_heads, block_h) + cdiv(k_heads, block_h)
     rows = batch_size * tokens
     with torch.cuda.device_of(q):
         _rotary_kernel[(rows, blocks if rows < _MANY_TOKENS else 1)](
@@ -243,7 +244,7 @@ def rotary(
             **launch_options(q.device, rows),
             BLOCK_H=block_h,
             BLOCK_P=block_p,
-            BLOCK_REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)),
+            BLOCK_REST=next_power_of_2(max(dim - 2 * pairs, 1)),
             enable_fp_fusion=False,  # a fused multiply-add would not round the product
         )
     return q_out, k_out

@@ -16,6 +16,7 @@ from torch import Tensor
 from patchkit.decoding.kernels.argmax import argmax_key, best_block_kernel
 from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, highest_scores
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["sample"]
 
@@ -83,7 +84,7 @@ def sample(scores: Tensor, noise: Tensor, sound: Tensor) -> Tensor:
     chosen = torch.empty(batch_size, dtype=torch.int64, device=scores.device)
     if batch_size == 0:
         return chosen
-    num_blocks = triton.cdiv(num_scores, BLOCK)
+    num_blocks = cdiv(num_scores, BLOCK)
     keys = torch.empty(batch_size, num_blocks, dtype=torch.int64, device=scores.device)
     early = launch_options(scores.device, batch_size)
     with torch.cuda.device_of(scores):

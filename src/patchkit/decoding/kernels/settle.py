@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["settle"]
 
@@ -124,7 +125,7 @@ def settle(
             num_ends,
             HAS_PAD=pad is not None,
             **launch_options(chosen.device, batch_size),
-            BLOCK_B=min(triton.next_power_of_2(max(batch_size, 1)), 128),
-            BLOCK_E=min(triton.next_power_of_2(max(num_ends, 1)), 16),
+            BLOCK_B=min(next_power_of_2(max(batch_size, 1)), 128),
+            BLOCK_E=min(next_power_of_2(max(num_ends, 1)), 16),
             num_warps=1,
         )

@@ -22,6 +22,7 @@ from patchkit.decoding.kernels.skinny_linear import (
 )
 from patchkit.decoding.reference import ACTIVATIONS
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv
 
 __all__ = ["skinny_gated_linear"]
 
@@ -124,7 +125,7 @@ def skinny_gated_linear(
     tiles = blocks(x, num_outs, 2)
     rows = x.reshape(-1, width).contiguous()
     with torch.cuda.device_of(x):
-        _skinny_gated_linear_kernel[(triton.cdiv(num_outs, tiles["BLOCK_N"]),)](
+        _skinny_gated_linear_kernel[(cdiv(num_outs, tiles["BLOCK_N"]),)](
             rows,
             gate,
             up,

@@ -19,6 +19,7 @@ from torch import Tensor
 from patchkit.attention.kernels import shared_bytes
 from patchkit.decoding.reference import MOST_SKINNY_ROWS, is_skinny
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["skinny_linear"]
 
@@ -169,11 +170,11 @@ def blocks(x: Tensor, num_outs: int, weights_at_once: int = 1) -> dict[str, int]
     """
     width = x.shape[-1]
     if x.numel() == width:  # a program per output, unless rows are short
-        block_k = min(triton.next_power_of_2(width), 4096)
+        block_k = min(next_power_of_2(width), 4096)
         block_n = 1 if width > 1024 else 2 if num_outs < 2**15 else 4
         warps = min(max(block_k // 512, 4), 8)
         return {"BLOCK_M": 1, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
-    block_m, block_n, block_k = max(16, triton.next_power_of_2(x.numel() // width)), 64, 128
+    block_m, block_n, block_k = max(16, next_power_of_2(x.numel() // width)), 64, 128
     stage = (weights_at_once * block_n + block_m) * block_k * x.element_size()
     deep = 6 if num_outs < 8192 else 4  # few programs have to load further ahead
     stages = max(min(shared_bytes(x.device) // stage - 1, deep // weights_at_once), 2)
@@ -241,7 +242,7 @@ def skinny_linear(
 
     width = x.shape[-1]
     tiles = blocks(x, sum(weight.shape[0] for weight in weights))
-    num_blocks = sum(triton.cdiv(weight.shape[0], tiles["BLOCK_N"]) for weight in weights)
+    num_blocks = sum(cdiv(weight.shape[0], tiles["BLOCK_N"]) for weight in weights)
     if num_blocks == 0:
         return
     rows = x.reshape(-1, width).contiguous()

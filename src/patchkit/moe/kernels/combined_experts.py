@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchkit.decoding.kernels.skinny_linear import INTERPRETED, add_product, blocks, weight_tile
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 from patchkit.moe.kernels.gated_experts import (
     NO_PAIR,
     check_experts,
@@ -187,7 +188,7 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
     if out.numel() == 0:
         return out
     x, index, scores = x.contiguous(), index.contiguous(), scores.contiguous()
-    block_top = triton.next_power_of_2(top_k)
+    block_top = next_power_of_2(top_k)
     strides, early = weight.stride()[:2], launch_options(x.device, tokens)
     summed = {"TOP_K": top_k, "BLOCK_TOP": block_top, "ROUND_PRODUCT": scores.dtype == x.dtype}
     with torch.cuda.device_of(x):
@@ -196,19 +197,19 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
             tiles = blocks(x[:, 0], num_outs)
             # Rows of experts are short: more programs at a time serve better than deep pipelines.
             tiles["num_stages"] = min(tiles["num_stages"], 4)
-            grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            grid = (tokens * top_k, cdiv(num_outs, tiles["BLOCK_N"]))
             options = {"TOP_K": top_k, "K": width, "BLOCK_TOP": block_top, **early}
             options["UPCAST"] = INTERPRETED and x.dtype == torch.bfloat16
             _mapped_experts_kernel[grid](
                 x, weight, index, found, *strides, tokens, num_outs, **options, **tiles
             )
             block_n = 256
-            _sum_of_experts_kernel[(tokens, triton.cdiv(num_outs, block_n))](
+            _sum_of_experts_kernel[(tokens, cdiv(num_outs, block_n))](
                 found, scores, out, num_outs, **summed, **early, BLOCK_N=block_n
             )
         else:
             tiles = pair_blocks(width, block_top)
-            grid = (tokens, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            grid = (tokens, cdiv(num_outs, tiles["BLOCK_N"]))
             _combined_experts_kernel[grid](
                 x, weight, index, scores, out, *strides, num_outs, K=width, **summed, **early,
                 **tiles,

@@ -24,6 +24,7 @@ from patchkit.decoding.kernels.skinny_linear import (
 )
 from patchkit.decoding.reference import ACTIVATIONS, MOST_SKINNY_ROWS
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["gated_experts"]
 
@@ -182,13 +183,13 @@ def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) 
     with torch.cuda.device_of(x):
         if shares_experts(index, weight):
             tiles = blocks(x, num_outs, 2)
-            grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
-            options["BLOCK_TOP"] = triton.next_power_of_2(top_k)
+            grid = (tokens * top_k, cdiv(num_outs, tiles["BLOCK_N"]))
+            options["BLOCK_TOP"] = next_power_of_2(top_k)
             options["UPCAST"] = INTERPRETED and x.dtype == torch.bfloat16
             _shared_gated_experts_kernel[grid](*args, tokens, num_outs, **options, **tiles)
         else:
             tiles = pair_blocks(width, 2, 2)
-            grid = (tokens * top_k, triton.cdiv(num_outs, tiles["BLOCK_N"]))
+            grid = (tokens * top_k, cdiv(num_outs, tiles["BLOCK_N"]))
             _gated_experts_kernel[grid](*args, num_outs, **options, **tiles)
     return out
 
@@ -230,7 +231,7 @@ def pair_blocks(width: int, rows: int, tiles: int = 1) -> dict[str, int]:
         rows: Rows of weights per output, a power of two: gate and up-projection, or experts.
         tiles: Among which the rows are divided.
     """
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     block_n = max(min(_PROGRAM_WEIGHTS // (rows * padded), 16), 1)
     # A power of two that divides the width leaves no lane idle. Less than 16 bytes per thread, or
     # many steps, would cost more than that.

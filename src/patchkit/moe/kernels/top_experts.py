@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.launch_sizes import next_power_of_2
 from patchkit.moe.reference import MOST_EXPERTS
 
 __all__ = ["top_experts"]
@@ -130,8 +131,8 @@ def top_experts(
             TOP_K=top_k,
             NORMALISED=normalised,
             **launch_options(logits.device, tokens),
-            BLOCK_E=triton.next_power_of_2(num_experts),
-            BLOCK_TOP=triton.next_power_of_2(top_k),
+            BLOCK_E=next_power_of_2(num_experts),
+            BLOCK_TOP=next_power_of_2(top_k),
             num_warps=1,  # reductions stay within it
         )
     return scores, index
