@@ -256,10 +256,17 @@ def test_tiles_fit_into_shared_memory(block_d: int, shared: int, element_size: i
             assert q_len <= window["BLOCK_Q"] and window["HEADS"] < 2 * groups
 
 
-def test_few_queries_make_small_blocks() -> None:
-    for capacity in (1024, 2048):
-        blocks = mass_module._blocks(4, 1, capacity, 8, 128, 2, 227 * 1024)
-        assert 132 <= 8 * capacity // blocks["BLOCK_N"] <= 2 * 132
+@pytest.mark.parametrize(("groups", "q_len"), [(1, 1), (7, 1), (4, 32), (3, 17), (1, 200)])
+def test_few_queries_are_one_tile(groups: int, q_len: int) -> None:
+    limit = 227 * 1024
+    blocks = mass_module._window_blocks(groups, q_len, 128, 2, limit)
+    assert blocks is not None
+    assert blocks["HEADS"] >= groups and blocks["BLOCK_Q"] >= q_len
+    rows = blocks["HEADS"] * blocks["BLOCK_Q"]
+    assert 16 <= rows <= 256
+    held = rows + blocks["BLOCK_N"] * blocks["num_stages"]
+    assert 2 * held * 128 * 2 <= limit  # two programs on an SM
+    assert mass_module._window_blocks(16, 32, 128, 2, limit) is None
 
 
 def test_programs_end_together() -> None:

@@ -298,10 +298,9 @@ def _blocks(
     tile_q = min(block_m, q_pow2)
     heads = block_m // tile_q
     num_tiles = cdiv(groups, heads) * cdiv(q_len, tile_q)
-    # Where programs of old slots run longest, one round would end unevenly.
-    least, rounds = (min(block_n, 64), 4) if num_tiles > 1 else (16, 1)
-    target = rounds * _TARGET_PROGRAMS
-    while block_n > least and num_lists * cdiv(capacity, block_n) < target:
+    # Programs of old slots run longest: one round would end unevenly.
+    least = min(block_n, 64)
+    while block_n > least and num_lists * cdiv(capacity, block_n) < 4 * _TARGET_PROGRAMS:
         block_n //= 2
     blocks = {"BLOCK_N": block_n, "TILE_Q": tile_q, "HEADS": heads}
     many = element_size == 4 and block_n * block_m > 512

@@ -25,7 +25,8 @@ from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["select_top"]
 
-# Capacity up to which one program per list does everything, holding its ranks in registers.
+# Capacity up to which one program per list does everything, holding its ranks in registers. At most
+# 2**15, as two counts share an integer.
 _MAX_SINGLE = 8192
 # Slots per program beyond, or twice as many where lists are so long that programs would wait for
 # each other; candidates that a program takes at a time.
