@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import patchkit
 from patchkit import CAKE, H2O, TOVA, AdaKV, SnapKV, Window
-from patchkit.step_graph import GraphPool, fingerprint
+from patchkit.step_graph import GraphPool, StepGraph, fingerprint
 
 from .engine_helpers import batch_of, build, served_devices  # noqa: F401 the fixture is automatic
 
@@ -22,6 +23,34 @@ def test_a_kind_of_step_is_given_up_when_recording_it_fails_twice():
     pool.failed("b", "another kind")
     pool.failed("a", "a host read")
     assert pool.hopeless("a") and not pool.hopeless("b") and pool.refused == "a host read"
+
+
+def test_recordings_are_compared_in_the_state_in_which_steps_are_recorded(monkeypatch):
+    """While it decodes, transformers computes the experts of a mixture in another way."""
+    model, prints = patchkit.apply(build()), {"begin": [], "run": []}
+
+    @contextlib.contextmanager
+    def decoding():
+        model.config.way = "of decoding"
+        yield
+        model.config.way = "of prompts"
+
+    def noted(name):
+        method = getattr(StepGraph, name)
+
+        def run(self, *args):
+            prints[name].append(fingerprint(model))
+            return method(self, *args)
+
+        return run
+
+    monkeypatch.setattr(model, "_optimize_model_for_decode", decoding)
+    for name in prints:
+        monkeypatch.setattr(StepGraph, name, noted(name))
+    for _ in range(2):
+        model.generate(**batch_of(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert len(prints["begin"]) == 2 and len(prints["run"]) == 6
+    assert len({*prints["begin"], *prints["run"]}) == 1
 
 
 def test_replacements_are_never_taken_for_each_other():

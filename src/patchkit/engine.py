@@ -152,8 +152,8 @@ def _loop(
 
     if remaining > 0 and not outbox.finished(run_ahead):
         inputs = _inputs_of_a_step(model, store, choice, model_kwargs)
-        step.begin(inputs, inputs.pop("position_ids"), remaining)
-        with model._optimize_model_for_decode():
+        with model._optimize_model_for_decode():  # as a step was recorded, so it is compared
+            step.begin(inputs, inputs.pop("position_ids"), remaining)
             while remaining > 0:
                 step.run(remaining)
                 history.add(step.logits)
