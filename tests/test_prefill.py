@@ -48,7 +48,7 @@ def test_room_for_the_cache_is_left(narrow, monkeypatch):
     config = narrow.config
     cache = kv_bytes(config, [None] * config.num_hidden_layers, 900, 4)
     monkeypatch.setattr(prefill, "free_bytes", lambda _: cache + 1000 * activation_bytes(config, 4))
-    assert chunk(narrow, 1, 900) == 256  # half of what is left
+    assert chunk(narrow, 1, 900) == 512  # two thirds of what is left hold 666
 
 
 def test_a_short_prompt_asks_nobody(narrow, monkeypatch):
