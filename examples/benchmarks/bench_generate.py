@@ -18,7 +18,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,8 @@ from triton import knobs
 import patchkit
 
 HF, STATIC, PATCHKIT = PROVIDERS = ("transformers", "static + compile", "patchkit")
+GROUPED = "transformers grouped_mm"
+"""Of a mixture, whose prompts transformers computes so, but decodes by `batched_mm`."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--reference-tokens", type=int, default=32, help="for transformers as is")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    choices = (*PROVIDERS, GROUPED)
+    parser.add_argument("--providers", nargs="+", choices=choices, default=PROVIDERS)
     args = parser.parse_args()
     numbers = (args.new_tokens, args.reference_tokens)
     sizes = [tuple(map(int, case.split("x"))) for case in args.cases]
@@ -252,9 +255,11 @@ def compare(model: PreTrainedModel, shape: str, case: Case, rate: float) -> None
         parts = prefill_parts_ms(model, batch_size, length)
         record("generate", config, "products + cuDNN", "first token", "ms", [parts])
     for provider in case.providers:
-        new_tokens = case.reference_tokens if provider == HF else case.new_tokens
+        new_tokens = case.reference_tokens if provider in (HF, GROUPED) else case.new_tokens
         if provider == PATCHKIT:
             patchkit.apply(model)
+        if provider == GROUPED:
+            model._optimize_model_for_decode = nullcontext
         try:
             figures, answers[provider], kept = measure(
                 model, ids, provider, new_tokens, case.rounds
@@ -266,6 +271,7 @@ def compare(model: PreTrainedModel, shape: str, case: Case, rate: float) -> None
         finally:
             report = patchkit.report(model)
             patchkit.restore(model)
+            vars(model).pop("_optimize_model_for_decode", None)
             gc.collect()
             torch.compiler.reset()
             model._cache = None

@@ -180,19 +180,18 @@ def window_queries(
 
 @triton.jit
 def window_logits(
-    keys_ptr, position_ptr, stride_ks, stride_ps, slot, first_masked, length, q, lse, oldest, q_len,
-    scale, sliding_window, softcap,
+    keys_ptr, position_ptr, stride_ks, stride_ps, start, first_masked, length, q, lse, oldest,
+    q_len, scale, sliding_window, softcap,
     D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Logarithms to base 2 of the weights of a tile, [BLOCK_N, BLOCK_M], whose slots start at
-    # `slot`; those before `first_masked` are seen by all queries.
-    slots = slot + tl.arange(0, BLOCK_N)
-    offset = slots.to(tl.int64)
-    live = slots < length
+    # Logarithms to base 2 of the weights of a tile, [BLOCK_N, BLOCK_M], from slot `start`
+    # on; those before `first_masked` are seen by all queries.
+    slot = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    live = slot < length
     offs_d = tl.arange(0, BLOCK_D)
-    k_ptr = keys_ptr + offset[:, None] * stride_ks + offs_d[None, :]
+    k_ptr = keys_ptr + slot[:, None] * stride_ks + offs_d[None, :]
     mask = live[:, None]
     if D != BLOCK_D:
         mask = mask & (offs_d < D)[None, :]
@@ -200,8 +199,8 @@ def window_logits(
     if UPCAST:
         k = k.to(tl.float32)
     logits = log2_logits(k, q, scale, softcap, HAS_SOFTCAP, PRECISION) - lse[None, :]
-    if slot >= first_masked:
-        position = tl.load(position_ptr + offset * stride_ps, mask=live, other=-1)
+    if start >= first_masked:
+        position = tl.load(position_ptr + slot * stride_ps, mask=live, other=-1)
         column = oldest + tl.minimum(tl.arange(0, BLOCK_M) % BLOCK_Q, q_len - 1)
         visible = sees(position[:, None], column[None, :], sliding_window, HAS_WINDOW)
         logits = tl.where(visible, logits, -_NOWHERE)

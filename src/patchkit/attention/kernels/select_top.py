@@ -1,13 +1,9 @@
 """Triton kernels that pick the best slots of every list; see `reference.select_top`.
 
-Every live slot gets a rank, its score as an integer of the same order; of equal ranks the higher
-position wins. A search narrows an interval of ranks to a third of it at a time, by counting how
-many reach two numbers inside, until as many reach its lower end as are asked for. Where slots of
-one rank are left to choose from, it goes on with their positions, which differ.
-
-One program per list does all of it where the capacity is small. Else a program per chunk of slots
-first sorts the ranks into 256 bins, which a sample of the list has fixed, and copies those in the
-bin of the threshold. Then every program searches these, and writes the kept slots of its chunk.
+Where the capacity is small, one program per list finds the threshold (`ranks.py`). Else a program
+per chunk of slots first sorts the ranks into 256 bins, which a sample of the list has fixed, and
+copies those in the bin of the threshold. Then every program searches these, and writes the kept
+slots of its chunk.
 
 Bytes floor: `8 * length + 4 * width` per list (`4 * length + 4 * width` without scores).
 """
@@ -20,13 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments
+from patchkit.attention.kernels.ranks import (
+    FINITE,
+    INFINITE,
+    LOWEST_INT,
+    block_of_ranks,
+    load_ranks,
+    reaches,
+    threshold,
+)
 from patchkit.dependent_launch import launch_options, wait_for_previous
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["select_top"]
 
-# Capacity up to which one program per list does everything, holding its ranks in registers. At most
-# 2**15, as two counts share an integer.
+# Capacity up to which one program per list does everything, holding its ranks in registers.
 _MAX_SINGLE = 8192
 # Slots per program beyond, or twice as many where lists are so long that programs would wait for
 # each other; candidates that a program takes at a time.
@@ -37,48 +41,9 @@ _BLOCK = 1024
 _NUM_BINS = tl.constexpr(256)
 _NUM_SAMPLES = tl.constexpr(256)
 _NUM_ROWS = tl.constexpr(16)
-# No slot has one of these ranks: below all, and above all.
-_LOWEST_INT = tl.constexpr(-(2**31))
-_HIGHEST_INT = tl.constexpr(2**31 - 1)
-_SINK = tl.constexpr(2**31 - 2)
-_RECENT = tl.constexpr(2**31 - 3)
-# Ranks of numbers are at least that of -3.4e38 and less than that of infinity.
-_FINITE = tl.constexpr(-0x7F800000)
-_INFINITE = tl.constexpr(0x7F800000)
-_NEGATIVE_ZERO = tl.constexpr(-(2**31))
-
 # Fields of `plan [lists, _PLAN]`: what a launch leaves to the next ones.
 _PLAN = tl.constexpr(6)
 _LOWEST, _SHIFT, _LENGTH, _COUNT, _INSIDE, _NEED = (tl.constexpr(i) for i in range(6))
-
-
-@triton.jit
-def _load_ranks(
-    score_ptr,
-    position_ptr,
-    stride_ss,
-    stride_ps,
-    slot,
-    mask,
-    seen,
-    recent,
-    num_sinks,
-    HAS_SCORE: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    offset = slot.to(tl.int64)
-    position = tl.load(position_ptr + offset * stride_ps, mask=mask, other=0)
-    if HAS_SCORE:
-        score = tl.load(score_ptr + offset * stride_ss, mask=mask, other=0.0)
-        if MEAN:
-            score = tl.div_rn(score, (seen - position).to(tl.float32))
-        bits = score.to(tl.int32, bitcast=True)
-        rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats ascend as integers descend
-        rank = tl.where(bits == _NEGATIVE_ZERO, 0, rank)
-    else:
-        rank = position + _FINITE
-    rank = tl.where(position >= seen - recent, _RECENT, rank)
-    return tl.where(slot < num_sinks, _SINK, rank)
 
 
 @triton.jit
@@ -107,112 +72,6 @@ def _find_bin(histogram, inside, need):
     found = tl.max(tl.where(at_least >= need, bins, 0), axis=0)
     above = tl.sum(tl.where(bins == found + 1, at_least, 0), axis=0)
     return found, tl.sum(tl.where(bins == found, at_least, 0), axis=0) - above, above
-
-
-@triton.jit
-def _block_of_ranks(held, rank_ptr, slot, length, HELD: tl.constexpr):
-    """Return the ranks of a block, `held` or those at `rank_ptr`, `_LOWEST_INT` past `length`."""
-    return held if HELD else tl.load(rank_ptr + slot, mask=slot < length, other=_LOWEST_INT)
-
-
-@triton.jit
-def _block_of_values(
-    held, rank_ptr, position_ptr, stride_ps, slot, length, tied, HELD: tl.constexpr,
-    TIES: tl.constexpr,
-):  # fmt: skip
-    """Return the ranks of a block, or the positions where these are `tied`; elsewhere nothing."""
-    rank = _block_of_ranks(held, rank_ptr, slot, length, HELD)
-    if TIES:
-        offset = slot.to(tl.int64) * stride_ps
-        return tl.load(position_ptr + offset, mask=rank == tied, other=_LOWEST_INT)
-    else:
-        return rank
-
-
-@triton.jit
-def _narrow(
-    held, rank_ptr, position_ptr, stride_ps, length, tied, inside, need, HELD: tl.constexpr,
-    TIES: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Return a number that `need` of the `inside` values reach, or more if these are all equal.
-
-    Also how many reach it and how many are above it.
-    """
-    offs = tl.arange(0, BLOCK_S)
-    low = tl.full((BLOCK_S,), _HIGHEST_INT, tl.int32)
-    high = tl.full((BLOCK_S,), _LOWEST_INT, tl.int32)
-    protected = tl.zeros((BLOCK_S,), tl.int32)
-    for start in range(0, BLOCK_S if HELD else length, BLOCK_S):
-        value = _block_of_values(
-            held, rank_ptr, position_ptr, stride_ps, start + offs, length, tied, HELD, TIES
-        )
-        there = value > _LOWEST_INT
-        if not TIES:  # ranks of protected slots lie far above scores: search on one side only
-            protected += (value >= _RECENT).to(tl.int32)
-            there &= value < _RECENT
-        low = tl.minimum(low, tl.where(there, value, _HIGHEST_INT))
-        high = tl.maximum(high, tl.where(there, value, _LOWEST_INT))
-    lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
-    above = tl.sum(protected, axis=0)
-    if above >= need:
-        lowest, highest = tl.full((), _RECENT, tl.int32), tl.full((), _SINK, tl.int32)
-        inside, above = above, tl.full((), 0, tl.int32)
-
-    while (inside > need) & (lowest < highest):
-        third = ((highest - lowest).to(tl.uint32, bitcast=True) // 3 + 1).to(tl.int32)
-        first = lowest + third  # at most `highest`
-        second = first + third  # at most one more
-        reach_first = tl.zeros((BLOCK_S,), tl.int32)
-        reach_second = tl.zeros((BLOCK_S,), tl.int32)
-        for start in range(0, BLOCK_S if HELD else length, BLOCK_S):
-            value = _block_of_values(
-                held, rank_ptr, position_ptr, stride_ps, start + offs, length, tied, HELD, TIES
-            )
-            reach_first += (value >= first).to(tl.int32)
-            reach_second += (value >= second).to(tl.int32)
-        if HELD:  # both in one sum
-            both = tl.sum(reach_first + (reach_second << 16), axis=0)
-            num_first, num_second = both & 0xFFFF, (both >> 16) & 0xFFFF
-        else:
-            num_first, num_second = tl.sum(reach_first, axis=0), tl.sum(reach_second, axis=0)
-        if num_second >= need:
-            lowest, inside = second, num_second
-        elif num_first >= need:
-            lowest, highest, inside, above = first, second - 1, num_first, num_second
-        else:
-            highest, above = first - 1, num_first
-    return lowest, inside, above
-
-
-@triton.jit
-def _threshold(
-    held, rank_ptr, position_ptr, stride_ps, length, need, HELD: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Return rank and position that the `need` best of `length` slots reach; see `_reaches`.
-
-    Their ranks are `held [BLOCK_S]` or at `rank_ptr`.
-    """
-    rank, inside, above = _narrow(
-        held, rank_ptr, position_ptr, stride_ps, length, 0, length, need, HELD, False, BLOCK_S
-    )
-    position = tl.full((), 0, tl.int32)
-    if inside > need:
-        position, _, _ = _narrow(
-            held, rank_ptr, position_ptr, stride_ps, length, rank, inside - above, need - above,
-            HELD, True, BLOCK_S,
-        )  # fmt: skip
-    return tl.where(need > 0, rank, _HIGHEST_INT), position
-
-
-@triton.jit
-def _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound):
-    """Say which slots lie above a rank, or have it and a position that is not below the bound."""
-    tied = rank == rank_bound
-    if position_bound > 0:
-        offset = slot.to(tl.int64) * stride_ps
-        tied &= tl.load(position_ptr + offset, mask=tied, other=0) >= position_bound
-    return (rank > rank_bound) | tied
 
 
 @triton.jit(do_not_specialize=["num_sinks", "width"])
@@ -259,15 +118,15 @@ def _select_top_kernel(
     seen = tl.load(seen_ptr + b * stride_nb + h * stride_nh)
     recent = tl.load(recent_ptr + b * stride_rb + h * stride_rh)
     position_ptr += b * stride_pb + h * stride_ph
-    rank = _load_ranks(  # of dead slots too, rather than wait for the length
+    rank = load_ranks(  # of dead slots too, rather than wait for the length
         score_ptr + b * stride_sb + h * stride_sh, position_ptr, stride_ss, stride_ps, slot,
         slot < capacity, seen, recent, num_sinks, HAS_SCORE, MEAN,
     )  # fmt: skip
-    rank = tl.where(slot < length, rank, _LOWEST_INT)
-    rank_bound, position_bound = _threshold(
+    rank = tl.where(slot < length, rank, LOWEST_INT)
+    rank_bound, position_bound = threshold(
         rank, keep_ptr, position_ptr, stride_ps, length, count, True, BLOCK_S
     )
-    kept = _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound).to(tl.int32)
+    kept = reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound).to(tl.int32)
     entry = tl.cumsum(kept, axis=0) - kept
     tl.store(keep_ptr + entry, slot, mask=(kept > 0) & (entry < width))
     for start in range(0, width, BLOCK_S):
@@ -326,19 +185,19 @@ def _survey_kernel(
         # All programs of a list agree on the bins: they draw the same sample.
         slot = (tl.arange(0, _NUM_SAMPLES).to(tl.int64) * length // _NUM_SAMPLES).to(tl.int32)
         live = slot < length
-        rank = _load_ranks(
+        rank = load_ranks(
             score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent, num_sinks,
             HAS_SCORE, MEAN,
         )  # fmt: skip
         # Infinite scores would stretch the range until all others fall into a few bins.
-        live &= (rank >= _FINITE) & (rank < _INFINITE)
-        lowest = tl.min(tl.where(live, rank, _INFINITE), axis=0)
-        highest = tl.maximum(tl.max(tl.where(live, rank, _LOWEST_INT), axis=0), lowest)
+        live &= (rank >= FINITE) & (rank < INFINITE)
+        lowest = tl.min(tl.where(live, rank, INFINITE), axis=0)
+        highest = tl.maximum(tl.max(tl.where(live, rank, LOWEST_INT), axis=0), lowest)
         shift = _bin_shift(highest.to(tl.int64) - lowest)
 
         slot = start + tl.arange(0, CHUNK)
         live = slot < length
-        rank = _load_ranks(
+        rank = load_ranks(
             score_ptr, position_ptr, stride_ss, stride_ps, slot, live, seen, recent, num_sinks,
             HAS_SCORE, MEAN,
         )  # fmt: skip
@@ -452,13 +311,13 @@ def _write_kernel(
         need = tl.load(plan_ptr + _NEED)
         offs = tl.arange(0, BLOCK_S)
         positions_ptr = candidates_ptr + capacity
-        held = _block_of_ranks(offs, candidates_ptr, offs, inside, False)
+        held = block_of_ranks(offs, candidates_ptr, offs, inside, False)
         if inside <= BLOCK_S:
-            rank_bound, position_bound = _threshold(
+            rank_bound, position_bound = threshold(
                 held, candidates_ptr, positions_ptr, 1, inside, need, True, BLOCK_S
             )
         else:
-            rank_bound, position_bound = _threshold(
+            rank_bound, position_bound = threshold(
                 held, candidates_ptr, positions_ptr, 1, inside, need, False, BLOCK_S
             )
         # Kept slots of earlier chunks: those above the bin of the threshold, and candidates.
@@ -466,12 +325,12 @@ def _write_kernel(
         first = tl.load(before_ptr + 1)
         before = tl.load(before_ptr)
         for start in range(0, first, BLOCK_S):
-            rank = _block_of_ranks(held, candidates_ptr, start + offs, first, False)
-            kept = _reaches(rank, positions_ptr, 1, start + offs, rank_bound, position_bound)
+            rank = block_of_ranks(held, candidates_ptr, start + offs, first, False)
+            kept = reaches(rank, positions_ptr, 1, start + offs, rank_bound, position_bound)
             before += tl.sum(kept.to(tl.int32), axis=0)
-        rank = _block_of_ranks(slot, rank_ptr + row * capacity, slot, length, False)
+        rank = block_of_ranks(slot, rank_ptr + row * capacity, slot, length, False)
         position_ptr += (row // num_heads) * stride_pb + (row % num_heads) * stride_ph
-        kept = _reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound)
+        kept = reaches(rank, position_ptr, stride_ps, slot, rank_bound, position_bound)
         kept = kept.to(tl.int32)
         entry = before + tl.cumsum(kept, axis=0) - kept
         tl.store(keep_ptr + entry, slot, mask=(kept > 0) & (entry < width))
