@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["append"]
@@ -20,6 +21,7 @@ __all__ = ["append"]
 _MAX_BLOCK_T = 32
 
 
+@direct
 @triton.jit
 def _append_kernel(
     keys_ptr,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, per_head, shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["attention_lse"]
@@ -84,6 +85,7 @@ def _add_tile(top, weight_sum, logits, factor):
     return new_top, weight_sum * tl.exp2(top - finite_top) + tl.sum(weights, axis=1)
 
 
+@direct
 @triton.jit(do_not_specialize=["num_kv_heads", "rows", "q_len", "sliding_window"])
 def _attention_lse_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, partial_ptr,
@@ -153,6 +155,7 @@ def _attention_lse_kernel(
     tl.store(partial_ptr + offs_m, log_sum(top, weight_sum), mask=offs_m < rows)
 
 
+@direct
 @triton.jit(do_not_specialize=["num_kv_heads", "rows", "q_len", "num_splits"])
 def _merge_lse_kernel(
     partial_ptr, sinks_ptr, lse_ptr, stride_sink, num_kv_heads, rows, q_len,

@@ -23,6 +23,7 @@ from patchkit.attention.kernels.attention_lse import (
 )
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["attention_mass"]
@@ -83,6 +84,7 @@ def _add_tiles(
     return total
 
 
+@direct
 @triton.jit(do_not_specialize=["num_lists", "num_kv_heads", "num_new", "sliding_window"])
 def _attention_mass_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, list_start_ptr,
@@ -207,6 +209,7 @@ def window_logits(
     return logits
 
 
+@direct
 @triton.jit(do_not_specialize=["num_kv_heads", "groups", "q_len", "num_new", "sliding_window"])
 def _window_mass_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, list_start_ptr,

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["compact"]
 
 
 # Budgets differ from layer to layer; a kernel for each kind of number would be built in the prompt.
+@direct
 @triton.jit(do_not_specialize=["stride_ib", "stride_ih", "width", "out_capacity"])
 def _compact_kernel(
     keys_ptr,

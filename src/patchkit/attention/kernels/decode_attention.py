@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, first_slot, per_head, shared_bytes, starts
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["decode_attention"]
@@ -43,6 +44,7 @@ def log_sum(top, weight_sum):
     return tl.where(weight_sum > 0, (top + tl.log2(tl.maximum(weight_sum, 1e-30))) * LN_2, top)
 
 
+@direct
 @triton.jit
 def _decode_attention_kernel(
     query_ptr, keys_ptr, values_ptr, position_ptr, length_ptr, seen_ptr,
@@ -142,6 +144,7 @@ def _decode_attention_kernel(
     tl.store(partial_ptr + out_row[:, None] * D_V + offs_dv[None, :], acc, mask=mask)
 
 
+@direct
 @triton.jit
 def _merge_kernel(
     partial_ptr, stats_ptr, sinks_ptr, out_ptr, lse_ptr,

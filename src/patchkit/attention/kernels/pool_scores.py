@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["pool_scores"]
@@ -20,6 +21,7 @@ __all__ = ["pool_scores"]
 _BLOCK = 256
 
 
+@direct
 @triton.jit
 def _pool_scores_kernel(
     score_ptr, length_ptr, count_ptr, out_ptr,

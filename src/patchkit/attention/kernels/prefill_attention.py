@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchkit.attention.kernels import check_arguments, per_head, shared_bytes
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LOG2_E, log_sum, tanh
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["prefill_attention"]
@@ -78,6 +79,7 @@ def _attend_tile(
     return new_top, weight_sum, acc
 
 
+@direct
 @triton.jit
 def _prefill_attention_kernel(
     query_ptr, keys_ptr, values_ptr, position_ptr, length_ptr, seen_ptr, behind_ptr, sinks_ptr,

@@ -22,6 +22,7 @@ from patchkit.decoding.kernels.rms_norm import inverse_rms, num_warps, weighted
 from patchkit.decoding.kernels.rotary import angles, turn
 from patchkit.decoding.reference import Table, rotated_elements
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["rotary_append"]
@@ -106,6 +107,7 @@ def _rotate_head(
             tl.store(slot_ptr + offs_d, rest, mask=mask)
 
 
+@direct
 @triton.jit
 def _rotary_append_kernel(
     keys_ptr,

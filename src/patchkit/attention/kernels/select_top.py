@@ -26,6 +26,7 @@ from patchkit.attention.kernels.ranks import (
     threshold,
 )
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["select_top"]
@@ -135,6 +136,7 @@ def _select_top_kernel(
         tl.store(keep_ptr + entry, empty, mask=(entry >= count) & (entry < width))
 
 
+@direct
 @triton.jit(do_not_specialize=["num_sinks"])
 def _survey_kernel(
     score_ptr,
@@ -215,6 +217,7 @@ def _survey_kernel(
             tl.store(plan_ptr + _COUNT, tl.minimum(count, length))
 
 
+@direct
 @triton.jit
 def _gather_kernel(
     rank_ptr,
@@ -277,6 +280,7 @@ def _gather_kernel(
             tl.store(plan_ptr + _NEED, need - above)
 
 
+@direct
 @triton.jit(do_not_specialize=["width"])
 def _write_kernel(
     rank_ptr,

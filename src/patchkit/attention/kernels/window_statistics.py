@@ -18,6 +18,7 @@ from patchkit.attention.kernels.attention_lse import first_masked_tile, splits
 from patchkit.attention.kernels.attention_mass import window_logits, window_queries
 from patchkit.attention.kernels.decode_attention import INTERPRETED, LN_2
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["window_statistics"]
@@ -42,6 +43,7 @@ def _moments(
     return tl.sum(mean, axis=1), variance, -tl.sum(p * logits, axis=1)
 
 
+@direct
 @triton.jit(do_not_specialize=["num_kv_heads", "groups", "q_len", "first_head", "sliding_window"])
 def _window_statistics_kernel(
     query_ptr, keys_ptr, position_ptr, length_ptr, seen_ptr, lse_ptr, score_ptr, partial_ptr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["argmax"]
@@ -39,6 +40,7 @@ def argmax_key(score, index, mask):
     return tl.where(mask, key, _LOWEST_KEY)
 
 
+@direct
 @triton.jit
 def _argmax_kernel(
     scores_ptr, keys_ptr, stride_b, stride_v, num_scores, EARLY: tl.constexpr, BLOCK: tl.constexpr

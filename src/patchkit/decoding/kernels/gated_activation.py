@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.decoding.reference import ACTIVATIONS
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["gated_activation"]
@@ -26,6 +27,7 @@ def gated(gate, up, dtype: tl.constexpr, GELU: tl.constexpr):
     return (activated.to(dtype).to(tl.float32) * up).to(dtype)
 
 
+@direct
 @triton.jit
 def _gated_activation_kernel(
     gate_ptr, up_ptr, out_ptr, numel, GELU: tl.constexpr, BLOCK: tl.constexpr

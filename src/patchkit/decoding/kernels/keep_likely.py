@@ -16,6 +16,7 @@ from torch import Tensor
 
 from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, highest_scores
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["keep_likely"]
@@ -23,6 +24,7 @@ __all__ = ["keep_likely"]
 _INFINITY = tl.constexpr(float("inf"))
 
 
+@direct
 @triton.jit
 def _keep_likely_kernel(
     scores_ptr,

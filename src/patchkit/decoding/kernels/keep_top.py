@@ -27,6 +27,7 @@ from torch import Tensor
 from patchkit.decoding.kernels.argmax import ascending
 from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, write_peaks
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["keep_top"]
@@ -111,6 +112,7 @@ def _need_of(total, share):
     return tl.maximum(total - tl.floor(total.to(tl.float64) * share).to(tl.int64), 1)
 
 
+@direct
 @triton.jit
 def _weigh_kernel(
     scores_ptr,
@@ -150,6 +152,7 @@ def _weigh_kernel(
         tl.atomic_add(plan_ptr, rest, mask=rest > 0, sem="relaxed")
 
 
+@direct
 @triton.jit
 def _gather_kernel(
     scores_ptr,
@@ -243,6 +246,7 @@ def _threshold(candidates_ptr, number, need, low, highest, one, COUNT: tl.conste
     return low
 
 
+@direct
 @triton.jit
 def _keep_top_kernel(
     scores_ptr,

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import next_power_of_2
 
 
+@direct
 @triton.jit(do_not_specialize=["period", "num_tokens", "stride_lb", "stride_rb"])
 def _logit_wave_kernel(
     logits_ptr,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["BLOCK", "check_scores", "highest_of", "highest_scores", "write_peaks"]
@@ -20,6 +21,7 @@ BLOCK = 2048
 _INFINITY = tl.constexpr(float("inf"))
 
 
+@direct
 @triton.jit
 def _peaks_kernel(
     scores_ptr,

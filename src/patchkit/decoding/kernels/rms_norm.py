@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["rms_norm"]
@@ -31,6 +32,7 @@ def weighted(x, inverse, weight, offset, dtype: tl.constexpr, ROUND_FIRST: tl.co
     return (normed * (weight.to(tl.float32) + offset)).to(dtype)
 
 
+@direct
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,

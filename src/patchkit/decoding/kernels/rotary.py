@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchkit.decoding.reference import Table, rotary_fits, rotary_outs, rotated_elements
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["rotary"]
@@ -97,6 +98,7 @@ def _rotate(
         tl.store(out_ptrs + offs_d, tl.load(x_ptrs + offs_d, mask=mask), mask=mask)
 
 
+@direct
 @triton.jit
 def _rotary_kernel(
     q_ptr,

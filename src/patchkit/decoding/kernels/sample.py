@@ -16,6 +16,7 @@ from torch import Tensor
 from patchkit.decoding.kernels.argmax import argmax_key, best_block_kernel
 from patchkit.decoding.kernels.peaks import BLOCK, check_scores, highest_of, highest_scores
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["sample"]
@@ -23,6 +24,7 @@ __all__ = ["sample"]
 _INFINITY = tl.constexpr(float("inf"))
 
 
+@direct
 @triton.jit
 def _sample_kernel(
     scores_ptr,

@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import next_power_of_2
 
 __all__ = ["settle"]
 
 
+@direct
 @triton.jit
 def _settle_kernel(
     chosen_ptr,

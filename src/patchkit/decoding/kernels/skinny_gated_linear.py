@@ -22,11 +22,13 @@ from patchkit.decoding.kernels.skinny_linear import (
 )
 from patchkit.decoding.reference import ACTIVATIONS
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv
 
 __all__ = ["skinny_gated_linear"]
 
 
+@direct
 @triton.jit
 def _skinny_gated_linear_kernel(
     x_ptr,

@@ -19,6 +19,7 @@ from torch import Tensor
 from patchkit.attention.kernels import shared_bytes
 from patchkit.decoding.reference import MOST_SKINNY_ROWS, is_skinny
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["skinny_linear"]
@@ -69,6 +70,7 @@ def add_product(total, weight, rows, UPCAST: tl.constexpr):
     return tl.dot(weight, rows, total)
 
 
+@direct
 @triton.jit
 def _skinny_linear_kernel(
     x_ptr,

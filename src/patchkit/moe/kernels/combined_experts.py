@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchkit.decoding.kernels.skinny_linear import INTERPRETED, add_product, blocks, weight_tile
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 from patchkit.moe.kernels.gated_experts import (
     NO_PAIR,
@@ -49,6 +50,7 @@ def _reread_tile(row_ptr, start, mask, K: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.load(row_ptr + offs_k[None, :], mask=mask, other=0.0)
 
 
+@direct
 @triton.jit
 def _combined_experts_kernel(
     x_ptr,
@@ -91,6 +93,7 @@ def _combined_experts_kernel(
     tl.store(out_ptr + token * num_outs + offs_n, total, mask=offs_n < num_outs)
 
 
+@direct
 @triton.jit
 def _mapped_experts_kernel(
     x_ptr,
@@ -130,6 +133,7 @@ def _mapped_experts_kernel(
         tl.store(out_ptr + offs, found.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@direct
 @triton.jit
 def _sum_of_experts_kernel(
     found_ptr,

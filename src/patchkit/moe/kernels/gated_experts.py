@@ -24,6 +24,7 @@ from patchkit.decoding.kernels.skinny_linear import (
 )
 from patchkit.decoding.reference import ACTIVATIONS, MOST_SKINNY_ROWS
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import cdiv, next_power_of_2
 
 __all__ = ["gated_experts"]
@@ -65,6 +66,7 @@ def picked_rows_tile(x_ptr, row, mask, start, K: tl.constexpr, BLOCK_K: tl.const
     return tl.trans(tl.load(x_ptr + row[:, None] * K + offs_k[None, :], mask=mask, other=0.0))
 
 
+@direct
 @triton.jit
 def _gated_experts_kernel(
     x_ptr,
@@ -102,6 +104,7 @@ def _gated_experts_kernel(
     tl.store(out_ptr + pair * num_outs + offs_n, gated(gate, up, dtype, GELU), mask=mask_n)
 
 
+@direct
 @triton.jit
 def _shared_gated_experts_kernel(
     x_ptr,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.dependent_launch import launch_options, wait_for_previous
+from patchkit.direct_launch import direct
 from patchkit.launch_sizes import next_power_of_2
 from patchkit.moe.reference import MOST_EXPERTS
 
@@ -44,6 +45,7 @@ def _logits(key, dtype: tl.constexpr, BITS: tl.constexpr):
     return _turn((key >> 16).to(BITS)).to(dtype, bitcast=True).to(tl.float32)
 
 
+@direct
 @triton.jit
 def _top_experts_kernel(
     logits_ptr,
