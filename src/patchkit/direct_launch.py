@@ -36,7 +36,7 @@ class _Direct:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._known: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
-        functools.update_wrapper(self, kernel)
+        self.__wrapped__ = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> functools.partial[Any]:
         return functools.partial(self._launch, grid)
