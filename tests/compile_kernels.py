@@ -55,17 +55,24 @@ def compile_only(self, grid):
         assert kernel.asm["cubin"], metadata.name
         assert metadata.shared <= MAX_SHARED, (metadata.name, metadata.shared)
         if metadata.launch_pdl:
-            check_waits(metadata.name, kernel.asm["ptx"])
+            check_waits(metadata.name, kernel.asm["ptx"], ahead=kwargs.get("AHEAD", False))
         compiled[metadata.name, metadata.hash] = metadata.shared
 
     return launch
 
 
-def check_waits(name: str, ptx: str) -> None:
-    """Assert that a kernel that is launched early touches no memory before it has waited."""
-    wait = ptx.index("griddepcontrol.wait")
-    touched = re.search(r"ld\.global|st\.global|ld\.volatile|cp\.async|atom\.|red\.|ret;", ptx)
-    assert touched is None or wait < touched.start(), name
+def check_waits(name: str, ptx: str, ahead: bool) -> None:
+    """Assert that a kernel that is launched early touches no memory before it has waited.
+
+    But what it has to read `ahead`, and that it waits before it lets others be launched early.
+    """
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    touched = re.findall(
+        r"(ld\.global|st\.global|ld\.volatile|cp\.async|atom\.|red\.|ret;)", before
+    )
+    assert set(touched) == ({"ld.global"} if ahead else set()), (name, touched)
+    assert "griddepcontrol.launch_dependents" not in before, name
+    assert "griddepcontrol.launch_dependents" in after, name
 
 
 def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
@@ -166,6 +173,7 @@ def attention(dtype: torch.dtype, head_dim: int, groups: int) -> None:
 
 
 def decoding(dtype: torch.dtype) -> None:
+    from patchkit.decoding.eligibility import weights_at_rest
     from patchkit.decoding.kernels.argmax import argmax
     from patchkit.decoding.kernels.gated_activation import gated_activation
     from patchkit.decoding.kernels.keep_likely import keep_likely
@@ -186,6 +194,13 @@ def decoding(dtype: torch.dtype) -> None:
         for count in (1, 2, 3):
             skinny_linear(x[0], [x] * count, [out] * count)
         skinny_linear(x[0], [x], [out], [bias], out, out)
+        resting = torch.nn.Linear(dim, rows, device="meta")
+        resting.weight = weight = torch.nn.Parameter(x, requires_grad=False)
+        with weights_at_rest(resting):
+            for count in (1, 2, 3):
+                skinny_linear(x[0], [weight] * count, [out] * count)
+            skinny_linear(x[0], [weight], [out], [bias], out, out)
+            skinny_gated_linear(x[0], weight, weight, activation="silu")
         some = [(x[:1].repeat(n, 1), out.repeat(n, 1)) for n in (3, 5, 64)]
         for few, outs in some:
             skinny_linear(few, [x] * 3, [outs] * 3)

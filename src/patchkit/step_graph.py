@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchkit.attention.store import KVStore
 from patchkit.backends import Backend
+from patchkit.decoding.eligibility import weights_at_rest
 from patchkit.decoding.launches import StepLaunches, looks_through_torch
 from patchkit.decoding.reference import MOST_SKINNY_ROWS
 from patchkit.token_choice import TokenChoice
@@ -292,6 +293,8 @@ class StepGraph:
             if self._few:
                 together = looks_through_torch(self._model)
                 stack.enter_context(StepLaunches(self._backend, together))
+                if self.choice.token.is_cuda:
+                    stack.enter_context(weights_at_rest(self._model))
             outputs = self._model(**self._inputs, return_dict=True)
         self.logits = outputs.logits[:, -1].to(torch.float32, copy=True)
         assert self._position is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
@@ -13,6 +14,7 @@ import patchkit
 from patchkit.backends import Backend
 from patchkit.compat import CACHE_KEYWORD
 from patchkit.decoding import reference
+from patchkit.decoding.eligibility import read_ahead, weights_at_rest
 from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.skinny_gated_linear import skinny_gated_linear
 from patchkit.decoding.kernels.skinny_linear import skinny_linear
@@ -65,6 +67,52 @@ def test_skinny_linear_reads_rows_of_a_wider_matrix_only():
     outs = outs_of(x, [weight])
     skinny_linear(x, [weight[:, 16:80]], outs)
     torch.testing.assert_close(outs[0], F.linear(x, weight[:, 16:80]))
+
+
+@by_dtype
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("sizes", "width"), [((63, 1, 7), 97), ((5,), 2500), ((33,), 4200)])
+def test_weights_at_rest_are_read_ahead_to_the_same_bits(monkeypatch, sizes, width, rows, dtype):
+    rows = 1 if dtype == torch.float32 else rows
+    x, residual = random(rows, width, dtype=dtype), random(rows, sizes[0], dtype=dtype, seed=9)
+    given = (random(n, width, dtype=dtype, seed=1 + i) / 8 for i, n in enumerate(sizes))
+    held = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in given)
+    weights, alone, asked = list(held), len(sizes) == 1, []
+
+    def spy(weights):
+        asked.append(read_ahead(weights))
+        return asked[-1]
+
+    for kernel in (skinny_linear, skinny_gated_linear):
+        monkeypatch.setattr(f"{kernel.__module__}.read_ahead", spy)
+    results = []
+    for resting in (nn.ParameterList(), held):
+        outs = outs_of(x, weights)
+        total = torch.full_like(residual, torch.nan) if alone else None
+        with weights_at_rest(resting):
+            skinny_linear(x, weights, outs, None, residual if alone else None, total)
+            gated = skinny_gated_linear(x, weights[0], weights[0], activation="silu")
+        results.append([*outs, gated, *([total] if alone else [])])
+    assert asked == ([False, False, True, True] if rows == 1 else [])
+    assert all(
+        torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(*results, strict=True)
+    )
+
+
+def test_only_parameters_are_at_rest_and_only_while_somebody_promises():
+    module, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    assert not read_ahead([module.weight])
+    with weights_at_rest(module):
+        assert read_ahead([module.weight]) and read_ahead([module.weight, module.bias])
+        for foreign in (other.weight, module.weight * 1, module.weight.data):
+            assert not read_ahead([module.weight, foreign])
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(read_ahead, [module.weight]).result()
+        with pytest.raises(KeyError), weights_at_rest(other):
+            assert read_ahead([other.weight]) and not read_ahead([module.weight])
+            raise KeyError
+        assert read_ahead([module.weight])
+    assert not read_ahead([module.weight])
 
 
 ONE = torch.ones

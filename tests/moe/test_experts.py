@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import patchkit
+from patchkit import backends
+from patchkit.backends import Backend
 from patchkit.compat import CACHE_KEYWORD
 from patchkit.decoding.launches import StepLaunches
+from patchkit.decoding.reference import rms_norm as reference_rms_norm
 from patchkit.moe import reference
 from patchkit.moe.experts import find_formula
 from patchkit.moe.kernels.combined_experts import combined_experts
@@ -80,6 +83,34 @@ def test_combined_experts(tokens, top_k, experts, width, inner, wide, dtype):
     close(got, want, 8)
     exact = reference.combined_experts(x.double(), weight.double(), index, scores.double())
     close(got, exact, 16)
+    residual = random(tokens, 1, width, dtype=dtype, seed=3)
+    for implementation, summed in ((combined_experts, got), (reference.combined_experts, want)):
+        out, total = (torch.full_like(x, torch.nan) for x in (got, residual))
+        outs = {"out": out, "residual": residual, "total": total}
+        assert implementation(x, weight, index, scores, **outs) is out
+        assert torch.equal(out, summed)
+        close(total, residual.double() + out.double()[:, None], 1.01)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_combined_experts_refuses(tokens):
+    x, weight = random(tokens, 3, 40).half(), random(EXPERTS, 30, 40, seed=1).half()
+    index, scores = routing(tokens, 3, EXPERTS), random(tokens, 3, seed=2)
+    fits, short = random(tokens, 30).half(), random(tokens, 29).half()
+    for name, outs in (
+        ("out", {"out": short}),
+        ("out", {"out": fits.float()}),
+        ("residual", {"residual": short, "total": fits}),
+        ("total", {"residual": fits, "total": random(tokens, 60).half()[:, ::2]}),
+        ("residual and total", {"residual": fits}),
+        ("residual and total", {"total": fits}),
+    ):
+        with pytest.raises(ValueError, match=name):
+            combined_experts(x, weight, index, scores, **outs)
+    with pytest.raises(ValueError, match="scores"):
+        combined_experts(x, weight, index, scores[:, :2])
+    with pytest.raises(ValueError, match="x: expected"):
+        combined_experts(x[:, :2], weight, index, scores)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -189,6 +220,64 @@ def test_a_step_with_experts(family, rows, dtype):
     assert calls["combined_experts", "triton"] - before == len(experts_of(model))
     limit = 2e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize(("family", "added"), [("qwen3_moe", True), ("deepseek_v2", False)])
+def test_a_residual_is_added_where_experts_are_summed_up(monkeypatch, family, added):
+    model = tiny_model(family, attn_implementation=reference_attention(family)).to(DEVICE)
+    ids = torch.randint(5, 90, (1, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    load, residuals = backends._load, []
+
+    def spy(area, op, used):
+        kernel = load(area, op, used)
+        if op != "combined_experts":
+            return kernel
+        return lambda *args, **options: (
+            residuals.append("total" in options) or kernel(*args, **options)
+        )
+
+    with torch.no_grad():
+        want = model(ids).logits[:, -1]
+        patchkit.apply(model, backend="triton")
+        store = model(ids[:, :-1], use_cache=True)[CACHE_KEYWORD]
+        monkeypatch.setattr(backends, "_load", spy)
+        step = {"position_ids": torch.full((1, 1), 8, device=DEVICE), CACHE_KEYWORD: store}
+        with StepLaunches(model._patchkit.backend, together=True):
+            got = model(ids[:, -1:], **step).logits[:, -1]
+    assert residuals == [added] * len(experts_of(model))  # what is shared comes in between
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+def test_whoever_looks_at_a_sum_of_experts_sees_it():
+    backend = Backend("triton")
+    x, down = random(2, 3, 40), random(EXPERTS, 30, 40, seed=1)
+    index, scores = routing(2, 3, EXPERTS), random(2, 3, seed=2)
+    residual = random(1, 2, 30, seed=4)
+    want = combined_experts(x, down, index, scores)
+
+    def summed():
+        return backend.run("moe", "combined_experts", x.device, x, down, index, scores)
+
+    with torch.no_grad(), StepLaunches(backend, together=True):
+        before = backend.calls.total()
+        kept = summed()
+        seen = kept.reshape(1, 2, 30)
+        assert backend.calls.total() == before
+        total = residual + seen
+        assert backend.calls.total() == before + 1
+        doubled = summed()
+        doubled = doubled.view(1, 2, 30) + doubled.reshape(1, 2, 30)
+        part = residual[:, :1] + summed()[:1]
+        turned = summed().t().reshape(2, 30)
+        normed = backend.run("decoding", "rms_norm", x.device, summed(), down[0, 0, :30], eps=1e-6)
+        left = summed()
+    norm = reference_rms_norm(want, down[0, 0, :30], eps=1e-6)
+    for got, wanted in (
+        (kept, want), (seen, want[None]), (total, residual + want), (doubled, 2 * want[None]),
+        (part, residual[:, :1] + want[:1]), (turned, want.t().reshape(2, 30)), (left, want),
+        (normed, norm),
+    ):  # fmt: skip
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("limit", [16.0, 1e3])

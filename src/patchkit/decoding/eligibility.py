@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,3 +43,29 @@ def untouched(module: nn.Module) -> bool:
 def global_hooks() -> bool:
     """Say whether somebody has put hooks on all modules there are."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+class _AtRest(threading.local):
+    parameters: frozenset[int] = frozenset()
+
+
+_at_rest = _AtRest()
+
+
+@contextmanager
+def weights_at_rest(model: nn.Module) -> Iterator[None]:
+    """Promise, in this thread, that nothing launched inside writes a parameter of a model.
+
+    Nor may what was launched just before, and has not ended when the first kernel inside begins.
+    """
+    before = _at_rest.parameters
+    _at_rest.parameters = frozenset(map(id, model.parameters()))
+    try:
+        yield
+    finally:
+        _at_rest.parameters = before
+
+
+def read_ahead(weights: Sequence[Tensor]) -> bool:
+    """Say whether a kernel may read weights before it waits: parameters that are at rest."""
+    return all(id(weight) in _at_rest.parameters for weight in weights)

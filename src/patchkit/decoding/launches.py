@@ -7,8 +7,8 @@ so no module is edited: while a step runs, calls of `torch.nn.functional.linear`
 Where all modules look at tensors through torch alone, a launch waits until somebody looks at its
 result: a function of torch that reads elements, or an operation of a `Backend`. So maps of the same
 rows that follow each other, as those of queries, keys and values do, are one launch, and adding a
-residual is part of it. What lies between these and attention, norms of the heads, rotary embedding
-and the store's append, is another.
+residual is part of it, as it is of summing up experts. What lies between these and attention, norms
+of the heads, rotary embedding and the store's append, is another.
 
 Whatever was handed out is written in the end, also where it was only on the way to something else,
 unless a launch raises.
@@ -33,6 +33,7 @@ from patchkit.decoding.reference import is_skinny, rotary_outs
 _KNOWN = ("torch", "transformers", "peft", "patchkit")
 _INTEGRATIONS = "transformers.integrations"
 _MOST_WEIGHTS = 3  # that the kernel takes at once
+_WITH_RESIDUAL = ("skinny_linear", "combined_experts")  # operations that can add one
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 _BLIND = frozenset(
@@ -43,6 +44,11 @@ _BLIND = frozenset(
     ]
 )
 """Functions that look at no element of a tensor."""
+
+
+def _blind(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Say whether a call looks at no element of a tensor."""
+    return func in _BLIND or (func is Tensor.reshape and args[0].is_contiguous())
 
 
 def looks_through_torch(model: nn.Module) -> bool:
@@ -107,6 +113,12 @@ def _is_of(tensor: Tensor, results: Iterable[Tensor]) -> bool:
     return any(storage == result.untyped_storage().data_ptr() for result in results)
 
 
+def _is_all_of(tensor: Tensor, result: Tensor) -> bool:
+    """Say whether a tensor is a result, perhaps of another shape."""
+    same = tensor.data_ptr() == result.data_ptr() and tensor.numel() == result.numel()
+    return same and tensor.dtype == result.dtype and tensor.is_contiguous()
+
+
 def _same_rows(a: Tensor, b: Tensor) -> bool:
     """Say whether two tensors are the same rows, with dimensions of size 1 perhaps elsewhere."""
     sizes = [[n for n in x.shape[:-1] if n != 1] + [x.shape[-1]] for x in (a, b)]
@@ -142,7 +154,7 @@ class StepLaunches(TorchFunctionMode):
             return self._linear(*args)
         if func is Backend.run and self._together:
             return self._operation(*args, **(kwargs or {}))
-        if self._waiting and func not in _BLIND:
+        if self._waiting and not _blind(func, args):
             if (
                 func == Tensor.add
                 and not kwargs
@@ -217,16 +229,17 @@ class StepLaunches(TorchFunctionMode):
     def _residual(self, *terms: Any) -> Tensor | None:
         """Return what is to be added to the only result that waits, if it can be."""
         results = [out for launch in self._waiting for out in launch.outs]
-        if len(results) > 1 or self._waiting[0].op != "skinny_linear":
+        if len(results) > 1 or self._waiting[0].op not in _WITH_RESIDUAL:
             return None
         (result,) = results
-        others = [term for term in terms if term is not result]
-        if len(terms) != 2 or len(others) != 1:
+        if len(terms) != 2 or not all(type(term) is Tensor for term in terms):
+            return None
+        others = [term for term in terms if not _is_all_of(term, result)]
+        if len(others) != 1:
             return None
         (other,) = others
         alike = (
-            type(other) is Tensor
-            and other.shape == result.shape
+            terms[0].shape == terms[1].shape
             and other.dtype == result.dtype
             and other.device == result.device
             and other.is_contiguous()
@@ -243,6 +256,8 @@ class StepLaunches(TorchFunctionMode):
         given = options.keys() & {"out", "outs"}
         if (area, op) == ("decoding", "rms_norm") and not given:
             results = self._norm_results(*args)
+        elif (area, op) == ("moe", "combined_experts") and not given:
+            results = self._experts_results(*args)
         elif (area, op) == ("decoding", "rotary") and not given:
             results = self._rotary_results(*args, **options)
         elif (area, op) == ("attention", "append") and (
@@ -259,6 +274,12 @@ class StepLaunches(TorchFunctionMode):
         """Allocate the result of a norm that waits: one of heads, or of what waits itself."""
         outs = [out for launch in self._waiting for out in launch.outs]
         return {"out": x.new_empty(x.shape)} if x.ndim == 4 or _is_of(x, outs) else None
+
+    def _experts_results(
+        self, x: Tensor, weight: Tensor, index: Tensor, scores: Tensor
+    ) -> dict[str, Any]:
+        """Allocate the result of experts, which wait for a residual."""
+        return {"out": x.new_empty(len(index), weight.shape[1])}
 
     def _rotary_results(
         self, q: Tensor, k: Tensor, *_: Tensor, contiguous: bool = False, **options: Any

@@ -58,7 +58,16 @@ def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) 
     return gated_activation(gate, up, activation=activation)
 
 
-def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -> Tensor:
+def combined_experts(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    *,
+    out: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
     """Map what every expert of a token found by its down-projection, and add it up by scores.
 
     It rounds where transformers' `batched_mm` does: the projection to the dtype, its product with
@@ -69,6 +78,9 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
         weight: `[E, D, I]`, as `x`.
         index: `[T, k]` int64, the experts of a token, each in `[0, E)`.
         scores: `[T, k]`, as `x` or float32.
+        out: `[T, D]`, as `x`. Written and returned if given.
+        residual: `T * D` elements, contiguous, as `x`, or None.
+        total: As `residual`. Written: `out + residual`.
 
     Returns:
         `[T, D]`, in the dtype of `x`.
@@ -76,4 +88,7 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
     wide = torch.promote_types(x.dtype, torch.float32)
     mapped = torch.einsum("tkdi,tki->tkd", weight[index].to(wide), x.to(wide)).to(x.dtype)
     weighted = mapped * scores[..., None]
-    return weighted.to(wide).sum(1).to(x.dtype)
+    result = weighted.to(wide).sum(1).to(x.dtype)
+    if residual is not None and total is not None:
+        torch.add(residual.view(result.shape), result, out=total.view(result.shape))
+    return result if out is None else out.copy_(result)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkit.decoding.eligibility import read_ahead
 from patchkit.decoding.kernels.gated_activation import gated
 from patchkit.decoding.kernels.skinny_linear import (
     INTERPRETED,
@@ -47,22 +48,29 @@ def _skinny_gated_linear_kernel(
     HAS_UP_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program: a block of outputs, of the only row if BLOCK_M is 1.
-    wait_for_previous(EARLY)
+    # One program: a block of outputs, of the only row if BLOCK_M is 1; AHEAD as in `skinny_linear`.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     mask_n = offs_n < num_outs
     dtype = out_ptr.dtype.element_ty
     gate_ptr += offs_n.to(tl.int64)[:, None] * stride_g  # [BLOCK_N, 1]
     up_ptr += offs_n.to(tl.int64)[:, None] * stride_u
+    if AHEAD:
+        gate_tile = weight_tile(gate_ptr, 0, mask_n, K, BLOCK_K)
+        up_tile = weight_tile(up_ptr, 0, mask_n, K, BLOCK_K)
+    wait_for_previous(EARLY)
     if BLOCK_M == 1:
-        gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, K, BLOCK_K):
+        if not AHEAD:
+            gate_tile = weight_tile(gate_ptr, 0, mask_n, K, BLOCK_K)
+            up_tile = weight_tile(up_ptr, 0, mask_n, K, BLOCK_K)
+        x = vector_tile(x_ptr, 0, K, BLOCK_K)
+        gates, ups = gate_tile.to(tl.float32) * x, up_tile.to(tl.float32) * x
+        for start in range(BLOCK_K, K, BLOCK_K):
             x = vector_tile(x_ptr, start, K, BLOCK_K)
             gates += weight_tile(gate_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
             ups += weight_tile(up_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
@@ -143,6 +151,7 @@ def skinny_gated_linear(
             HAS_GATE_BIAS=gate_bias is not None,
             HAS_UP_BIAS=up_bias is not None,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            AHEAD=tiles["BLOCK_M"] == 1 and read_ahead((gate, up)),
             **launch_options(x.device, len(rows)),
             **tiles,
         )

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import shared_bytes
+from patchkit.decoding.eligibility import read_ahead
 from patchkit.decoding.reference import MOST_SKINNY_ROWS, is_skinny
 from patchkit.dependent_launch import launch_options, wait_for_previous
 from patchkit.direct_launch import direct
@@ -98,12 +99,13 @@ def _skinny_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     UPCAST: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One program: a block of outputs of one of COUNT weights, of the only row if BLOCK_M is 1.
-    wait_for_previous(EARLY)
+    # One program: a block of outputs of one of COUNT weights, of the only row if BLOCK_M is 1. If
+    # AHEAD, it reads its first tile of weights before it waits.
     block = tl.program_id(0)
     weight_ptr, bias_ptr, out_ptr = weight_0_ptr, bias_0_ptr, out_0_ptr
     num_outs, stride = outs_0, stride_0
@@ -134,15 +136,18 @@ def _skinny_linear_kernel(
     mask = mask_n[:, None] & (offs_m < num_rows)[None, :]  # [BLOCK_N, BLOCK_M]
     offs = offs_n[:, None] + offs_m[None, :] * num_outs
     row_ptr = weight_ptr + offs_n.to(tl.int64)[:, None] * stride  # [BLOCK_N, 1]
+    if AHEAD:
+        first_tile = weight_tile(row_ptr, 0, mask_n, K, BLOCK_K)
+    wait_for_previous(EARLY)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if BLOCK_M == 1:
         # The first tile apart from the loop: its load waits for nothing that a loop sets up.
-        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        weight = weight_tile(row_ptr, 0, mask_n, K, BLOCK_K).to(tl.float32)
-        products += weight * vector_tile(x_ptr, 0, K, BLOCK_K)
+        if not AHEAD:
+            first_tile = weight_tile(row_ptr, 0, mask_n, K, BLOCK_K)
+        products = first_tile.to(tl.float32) * vector_tile(x_ptr, 0, K, BLOCK_K)
         for start in range(BLOCK_K, K, BLOCK_K):
             weight = weight_tile(row_ptr, start, mask_n, K, BLOCK_K).to(tl.float32)
             products += weight * vector_tile(x_ptr, start, K, BLOCK_K)
@@ -270,6 +275,7 @@ def skinny_linear(
             HAS_BIAS=biases is not None,
             HAS_RESIDUAL=residual is not None,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            AHEAD=tiles["BLOCK_M"] == 1 and read_ahead(weights),
             **launch_options(x.device, len(rows)),
             **tiles,
         )

@@ -6,6 +6,7 @@ experts at once; programs of the same outputs run next to each other, so rows th
 from the L2 cache. Where more tokens share an expert, one program maps them together, as in
 `gated_experts`, and a second launch sums up: 2 us, and next to no bytes, for not reading an expert
 from the cache once per token. The sum of a token never depends on what others chose.
+A residual is added where the sum is at hand.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from patchkit.launch_sizes import cdiv, next_power_of_2
 from patchkit.moe.kernels.gated_experts import (
     NO_PAIR,
     check_experts,
-    pair_blocks,
     pairs_of_expert,
     picked_rows_tile,
     shares_experts,
 )
 
 __all__ = ["combined_experts"]
+
+_STEP_WEIGHTS = 2048
 
 
 @triton.jit
@@ -38,6 +40,19 @@ def _weighted(found, score, dtype: tl.constexpr, ROUND_PRODUCT: tl.constexpr):
     if ROUND_PRODUCT:
         weighted = weighted.to(dtype).to(tl.float32)
     return weighted
+
+
+@triton.jit
+def _store(
+    result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL: tl.constexpr
+):
+    # A block of a token's sum, rounded, and if there is a residual what both add up to.
+    offs, mask = token * num_outs + offs_n, offs_n < num_outs
+    tl.store(out_ptr + offs, result, mask=mask)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        total = residual + result.to(tl.float32)
+        tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -58,12 +73,15 @@ def _combined_experts_kernel(
     index_ptr,
     scores_ptr,
     out_ptr,
+    residual_ptr,
+    total_ptr,
     stride_e,
     stride_n,
     num_outs,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,8 +107,8 @@ def _combined_experts_kernel(
     found = tl.sum(products, axis=1).to(dtype).to(tl.float32)
     weighted = tl.reshape(_weighted(found, score, dtype, ROUND_PRODUCT), (BLOCK_N, BLOCK_TOP))
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.sum(weighted, axis=1).to(dtype)
-    tl.store(out_ptr + token * num_outs + offs_n, total, mask=offs_n < num_outs)
+    result = tl.sum(weighted, axis=1).to(dtype)
+    _store(result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL)
 
 
 @direct
@@ -139,9 +157,12 @@ def _sum_of_experts_kernel(
     found_ptr,
     scores_ptr,
     out_ptr,
+    residual_ptr,
+    total_ptr,
     num_outs,
     TOP_K: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,11 +179,27 @@ def _sum_of_experts_kernel(
     mask = mask_k[:, None] & mask_n[None, :]
     found = tl.load(found_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
-    total = tl.sum(_weighted(found, score[:, None], dtype, ROUND_PRODUCT), axis=0)
-    tl.store(out_ptr + token * num_outs + offs_n, total.to(dtype), mask=mask_n)
+    result = tl.sum(_weighted(found, score[:, None], dtype, ROUND_PRODUCT), axis=0).to(dtype)
+    _store(result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL)
 
 
-def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -> Tensor:
+def _blocks(width: int, block_top: int) -> dict[str, int]:
+    """Choose tiles as measured on an H200: 16 weights per thread, rows in at most 32 steps."""
+    block_k = max(64, next_power_of_2(width) // 32)
+    block_n = max(_STEP_WEIGHTS // (block_top * block_k), 1)
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+
+
+def combined_experts(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    *,
+    out: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
     """Map what every expert of a token found by its down-projection, and add it up by scores.
 
     Args:
@@ -170,6 +207,9 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
         weight: `[E, D, I]`, as `x`, last stride 1.
         index: `[T, k]` int64, the experts of a token, each in `[0, E)`, not checked.
         scores: `[T, k]`, as `x` or float32.
+        out: `[T, D]`, contiguous, as `x`. Written and returned if given.
+        residual: `T * D` elements, contiguous, as `x`, or None.
+        total: As `residual`. Written: `out + residual`. Given exactly if `residual` is.
 
     Returns:
         `[T, D]`, contiguous, in the dtype of `x`.
@@ -188,13 +228,29 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
             f"{list(scores.shape)}"
         )
     (tokens, top_k), num_outs, width = index.shape, weight.shape[1], x.shape[-1]
-    out = x.new_empty(tokens, num_outs)
+    if out is None:
+        out = x.new_empty(tokens, num_outs)
+    if (residual is None) != (total is None):
+        raise ValueError("expected both of residual and total or neither, got one")
+    for name, tensor in {"out": out, "residual": residual, "total": total}.items():
+        if tensor is not None and not (
+            tensor.numel() == tokens * num_outs
+            and (tensor.dtype, tensor.device) == (x.dtype, x.device)
+            and tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name}: expected contiguous {x.dtype} of [{tokens}, {num_outs}] on {x.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device} with strides "
+                f"{tensor.stride()}"
+            )
     if out.numel() == 0:
         return out
     x, index, scores = x.contiguous(), index.contiguous(), scores.contiguous()
     block_top = next_power_of_2(top_k)
     strides, early = weight.stride()[:2], launch_options(x.device, tokens)
+    outs = (out, out if residual is None else residual, out if total is None else total)
     summed = {"TOP_K": top_k, "BLOCK_TOP": block_top, "ROUND_PRODUCT": scores.dtype == x.dtype}
+    summed["HAS_RESIDUAL"] = residual is not None
     with torch.cuda.device_of(x):
         if shares_experts(index, weight):
             found = x.new_empty(tokens, top_k, num_outs)
@@ -209,13 +265,13 @@ def combined_experts(x: Tensor, weight: Tensor, index: Tensor, scores: Tensor) -
             )
             block_n = 256
             _sum_of_experts_kernel[(tokens, cdiv(num_outs, block_n))](
-                found, scores, out, num_outs, **summed, **early, BLOCK_N=block_n
+                found, scores, *outs, num_outs, **summed, **early, BLOCK_N=block_n
             )
         else:
-            tiles = pair_blocks(width, block_top)
+            tiles = _blocks(width, block_top)
             grid = (tokens, cdiv(num_outs, tiles["BLOCK_N"]))
             _combined_experts_kernel[grid](
-                x, weight, index, scores, out, *strides, num_outs, K=width, **summed, **early,
+                x, weight, index, scores, *outs, *strides, num_outs, K=width, **summed, **early,
                 **tiles,
             )  # fmt: skip
     return out

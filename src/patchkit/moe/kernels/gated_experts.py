@@ -30,8 +30,6 @@ from patchkit.launch_sizes import cdiv, next_power_of_2
 __all__ = ["gated_experts"]
 
 NO_PAIR = tl.constexpr(2**31 - 1)
-_PROGRAM_WEIGHTS = 8192  # of 16 bits, as `skinny_gated_linear` holds where it is as fast as a copy
-_PROGRAM_THREADS = 256
 
 
 @triton.jit
@@ -191,7 +189,7 @@ def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) 
             options["UPCAST"] = INTERPRETED and x.dtype == torch.bfloat16
             _shared_gated_experts_kernel[grid](*args, tokens, num_outs, **options, **tiles)
         else:
-            tiles = pair_blocks(width, 2, 2)
+            tiles = _blocks(width)
             grid = (tokens * top_k, cdiv(num_outs, tiles["BLOCK_N"]))
             _gated_experts_kernel[grid](*args, num_outs, **options, **tiles)
     return out
@@ -226,20 +224,8 @@ def shares_experts(index: Tensor, weight: Tensor) -> bool:
     )
 
 
-def pair_blocks(width: int, rows: int, tiles: int = 1) -> dict[str, int]:
-    """Choose tiles for programs that load some 16 KB in a few steps, unrolled to overlap.
-
-    Args:
-        width: Of what is summed up.
-        rows: Rows of weights per output, a power of two: gate and up-projection, or experts.
-        tiles: Among which the rows are divided.
-    """
-    padded = next_power_of_2(width)
-    block_n = max(min(_PROGRAM_WEIGHTS // (rows * padded), 16), 1)
-    # A power of two that divides the width leaves no lane idle. Less than 16 bytes per thread, or
-    # many steps, would cost more than that.
-    block_k = max(width & -width, 8 * _PROGRAM_THREADS * tiles // (rows * block_n))
-    if 16 * block_k < width:
-        block_k = 2048
-    block_k = max(min(block_k, padded, _PROGRAM_WEIGHTS // rows), 1)
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": _PROGRAM_THREADS // 32}
+def _blocks(width: int) -> dict[str, int]:
+    """Choose tiles as measured on an H200: an output per program, in steps of some KB."""
+    # A power of two that divides the width leaves no lane idle.
+    block_k = min(max(width & -width, 256), 1024)
+    return {"BLOCK_N": 1, "BLOCK_K": block_k, "num_warps": 8 if width > 2048 else 4}
