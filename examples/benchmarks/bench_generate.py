@@ -58,7 +58,7 @@ class Case:
 
 
 TABLE = (
-    Case(1, 512, rounds=2),
+    Case(1, 512, rounds=5),  # the first token is a matter of the host, which varies
     Case(1, 8192, rounds=1, providers=(HF, PATCHKIT), reference_tokens=16),
     Case(1, 32768, rounds=1, providers=(HF, PATCHKIT), reference_tokens=16),
     Case(16, 2048, rounds=1, providers=(HF, PATCHKIT), new_tokens=128, reference_tokens=16),

@@ -9,6 +9,7 @@ when anything the recording froze has changed since (`fingerprint`).
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from types import FunctionType, MethodType
 from typing import Any
@@ -27,8 +28,16 @@ from patchkit.token_choice import TokenChoice
 RESERVE = 1024
 """Most tokens for which slots are allocated ahead of a step."""
 
-_NOT_READ = frozenset({"_modules", "_patchkit"})
+_NOT_READ = frozenset(
+    [
+        *("_modules", "_patchkit", "_non_persistent_buffers_set"),
+        *("_state_dict_hooks", "_state_dict_pre_hooks"),
+        *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    ]
+)
+"""Attributes of a module that are looked at otherwise, or that no forward reads."""
 _SCALARS = (bool, int, float, str, type(None))
+_CONTAINERS = (OrderedDict, dict, set, list, tuple)
 _OPAQUE = (PreTrainedConfig, nn.Module, type, FunctionType, MethodType)
 _SDP = ("flash", "mem_efficient", "math", "cudnn")
 
@@ -67,7 +76,13 @@ def fingerprint(model: PreTrainedModel) -> Hashable:
         for name, value in vars(module).items():
             if name not in _NOT_READ:
                 atoms.append(name)
-                _note(atoms, value)
+                kind = type(value)  # most are one of these two; `_note` says the same
+                if kind in _SCALARS:
+                    atoms.append(value)
+                elif kind in _CONTAINERS and not value:
+                    atoms.append(0)
+                else:
+                    _note(atoms, value)
     return tuple(atoms)
 
 

@@ -72,10 +72,8 @@ def _skinny_gated_linear_kernel(
         gates, ups = gate_tile.to(tl.float32) * x, up_tile.to(tl.float32) * x
         for start in range(BLOCK_K, K, BLOCK_K):
             x = vector_tile(x_ptr, start, K, BLOCK_K)
-            gate_tile = weight_tile(gate_ptr, start, mask_n, K, BLOCK_K)
-            up_tile = weight_tile(up_ptr, start, mask_n, K, BLOCK_K)
-            gates = tl.fma(gate_tile.to(tl.float32), x, gates)
-            ups = tl.fma(up_tile.to(tl.float32), x, ups)
+            gates += weight_tile(gate_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
+            ups += weight_tile(up_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
         gate, up = tl.sum(gates, axis=1)[:, None], tl.sum(ups, axis=1)[:, None]
     else:
         gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -156,6 +154,5 @@ def skinny_gated_linear(
             AHEAD=tiles["BLOCK_M"] == 1 and read_ahead((gate, up)),
             **launch_options(x.device, len(rows)),
             **tiles,
-            enable_fp_fusion=False,  # but where it says so
         )
     return out

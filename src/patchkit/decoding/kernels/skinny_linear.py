@@ -147,10 +147,11 @@ def _skinny_linear_kernel(
         # The first tile apart from the loop: its load waits for nothing that a loop sets up.
         if not AHEAD:
             first_tile = weight_tile(row_ptr, 0, mask_n, K, BLOCK_K)
-        products = first_tile.to(tl.float32) * vector_tile(x_ptr, 0, K, BLOCK_K)
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        products += first_tile.to(tl.float32) * vector_tile(x_ptr, 0, K, BLOCK_K)
         for start in range(BLOCK_K, K, BLOCK_K):
             weight = weight_tile(row_ptr, start, mask_n, K, BLOCK_K).to(tl.float32)
-            products = tl.fma(weight, vector_tile(x_ptr, start, K, BLOCK_K), products)
+            products += weight * vector_tile(x_ptr, start, K, BLOCK_K)
         result = tl.sum(products, axis=1)[:, None]
     else:
         result = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -278,7 +279,6 @@ def skinny_linear(
             AHEAD=tiles["BLOCK_M"] == 1 and read_ahead(weights),
             **launch_options(x.device, len(rows)),
             **tiles,
-            enable_fp_fusion=False,  # but where it says so: what is added to a residual is rounded
         )
 
 

@@ -102,8 +102,7 @@ def _combined_experts_kernel(
     products = tl.zeros((BLOCK_N * BLOCK_TOP, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         weight = weight_tile(row_ptr, start, mask, K, BLOCK_K).to(tl.float32)
-        x = _reread_tile(x_ptr, start, mask_k, K, BLOCK_K).to(tl.float32)
-        products = tl.fma(weight, x, products)
+        products += weight * _reread_tile(x_ptr, start, mask_k, K, BLOCK_K).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
     found = tl.sum(products, axis=1).to(dtype).to(tl.float32)
     weighted = tl.reshape(_weighted(found, score, dtype, ROUND_PRODUCT), (BLOCK_N, BLOCK_TOP))
@@ -252,7 +251,9 @@ def combined_experts(
     outs = (out, out if residual is None else residual, out if total is None else total)
     summed = {"TOP_K": top_k, "BLOCK_TOP": block_top, "ROUND_PRODUCT": scores.dtype == x.dtype}
     summed["HAS_RESIDUAL"] = residual is not None
-    summed["enable_fp_fusion"] = False  # but where it says so: products with scores are rounded
+    # Of one or two products the compiler would fuse the last rounding with the sum, or with the
+    # residual. Elsewhere it cannot, and loads further ahead where it fuses.
+    summed["enable_fp_fusion"] = block_top > 2
     with torch.cuda.device_of(x):
         if shares_experts(index, weight):
             found = x.new_empty(tokens, top_k, num_outs)

@@ -94,9 +94,8 @@ def _gated_experts_kernel(
     ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         x = vector_tile(x_ptr, start, K, BLOCK_K)
-        gate = weight_tile(gate_ptr, start, mask_n, K, BLOCK_K).to(tl.float32)
-        up = weight_tile(up_ptr, start, mask_n, K, BLOCK_K).to(tl.float32)
-        gates, ups = tl.fma(gate, x, gates), tl.fma(up, x, ups)
+        gates += weight_tile(gate_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
+        ups += weight_tile(up_ptr, start, mask_n, K, BLOCK_K).to(tl.float32) * x
     dtype = out_ptr.dtype.element_ty
     gate = tl.sum(gates, axis=1).to(dtype).to(tl.float32)
     up = tl.sum(ups, axis=1).to(dtype).to(tl.float32)
@@ -182,7 +181,6 @@ def gated_experts(x: Tensor, weight: Tensor, index: Tensor, *, activation: str) 
     args = (x.contiguous(), weight, index.contiguous(), out, *weight.stride()[:2])
     options = {"TOP_K": top_k, "K": width, "GELU": activation == "gelu_tanh"}
     options |= launch_options(x.device, tokens)
-    options["enable_fp_fusion"] = False  # but where it says so: projections are rounded
     with torch.cuda.device_of(x):
         if shares_experts(index, weight):
             tiles = blocks(x, num_outs, 2)
