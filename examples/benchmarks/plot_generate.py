@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", default="H100")
+    parser.add_argument("--gpu", default="H200")
     parser.add_argument("--shape", default="8b")
     args = parser.parse_args()
     table = figures(args.gpu, args.shape)
