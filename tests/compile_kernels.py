@@ -64,13 +64,14 @@ def compile_only(self, grid):
 def check_waits(name: str, ptx: str, ahead: bool) -> None:
     """Assert that a kernel that is launched early touches no memory before it has waited.
 
-    But what it has to read `ahead`, and that it waits before it lets others be launched early.
+    But weights that it is to read `ahead`, which no other kernel needs any more (`evict_first`).
+    And that it waits before it lets others be launched early.
     """
     before, _, after = ptx.partition("griddepcontrol.wait")
-    touched = re.findall(
-        r"(ld\.global|st\.global|ld\.volatile|cp\.async|atom\.|red\.|ret;)", before
-    )
-    assert set(touched) == ({"ld.global"} if ahead else set()), (name, touched)
+    memory = r"(ld\.global[.\w:]*|st\.global|ld\.volatile|cp\.async|atom\.|red\.|ret;)"
+    touched = re.findall(memory, before)
+    assert bool(touched) == ahead, (name, touched)
+    assert all("ld.global.L1::evict_first" in access for access in touched), (name, touched)
     assert "griddepcontrol.launch_dependents" not in before, name
     assert "griddepcontrol.launch_dependents" in after, name
 
@@ -262,8 +263,11 @@ def moe(dtype: torch.dtype) -> None:
             for activation in ("silu", "gelu_tanh"):
                 gated_experts(x, weight, index, activation=activation)
             weight = torch.empty(experts, width, inner, dtype=dtype)
-            for scores in (torch.zeros(tokens, 8), torch.zeros(tokens, 8, dtype=dtype)):
-                combined_experts(found, weight, index, scores)
+            for top_k, kind in itertools.product((1, 2, 4, 8), (torch.float32, dtype)):
+                given = (found[:, :top_k], weight, index[:, :top_k])
+                combined_experts(*given, torch.zeros(tokens, top_k, dtype=kind))
+            scores = torch.zeros(tokens, 8, dtype=dtype)
+            combined_experts(found, weight, index, scores, residual=x, total=torch.zeros_like(x))
 
 
 def main() -> None:

@@ -62,6 +62,24 @@ def test_replacements_are_never_taken_for_each_other():
     assert all(one != other for one, other in itertools.combinations(prints, 2))
 
 
+def test_fingerprints_see_what_is_put_into_empty_containers():
+    model = patchkit.apply(build())
+    module = model.model.layers[0].mlp
+    for held in ({}, [], set(), (), 0, None, False):
+        module.held = held
+        before = fingerprint(model)
+        for other in ({}, [], set(), (), 0.5, 1, None, True, {"a": 1}, [None], (1,), {2}):
+            module.held = other
+            same = type(other) is type(held) and other == held
+            assert (fingerprint(model) == before) == same, (held, other)
+    before = fingerprint(model)
+    module.register_state_dict_pre_hook(lambda *_: None)
+    module.register_load_state_dict_post_hook(lambda *_: None)
+    assert fingerprint(model) == before
+    module.register_forward_hook(lambda *_: None)
+    assert fingerprint(model) != before
+
+
 def test_fingerprints_see_classes_switches_and_fields():
     class Steer:
         alpha = 1.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -24,12 +25,15 @@ def direct(kernel: Any) -> Any:
     """Launch a kernel directly where its arguments are of kinds that it was launched with before.
 
     Args:
-        kernel: What `triton.jit` made; positional parameters first, then constants by name.
+        kernel: What `triton.jit` made. Its callers give parameters by position first, each of one
+            type in all launches, then all constants by name.
 
     Returns:
-        The same to its callers. In Triton's interpreter, `kernel`.
+        The same to its callers. In Triton's interpreter, and on AMD's GPUs, for which Triton also
+        tells tensors by their sizes, `kernel`.
     """
-    return _Direct(kernel) if isinstance(kernel, JITFunction) else kernel
+    known = isinstance(kernel, JITFunction) and torch.version.hip is None
+    return _Direct(kernel) if known else kernel
 
 
 class _Direct:

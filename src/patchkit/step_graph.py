@@ -76,11 +76,11 @@ def fingerprint(model: PreTrainedModel) -> Hashable:
         for name, value in vars(module).items():
             if name not in _NOT_READ:
                 atoms.append(name)
-                kind = type(value)  # most are one of these two; `_note` says the same
+                kind = type(value)  # most are one of the first two
                 if kind in _SCALARS:
                     atoms.append(value)
                 elif kind in _CONTAINERS and not value:
-                    atoms.append(0)
+                    atoms.append(kind)
                 else:
                     _note(atoms, value)
     return tuple(atoms)
@@ -307,9 +307,9 @@ class StepGraph:
         with contextlib.ExitStack() as stack:
             if self._few:
                 together = looks_through_torch(self._model)
-                stack.enter_context(StepLaunches(self._backend, together))
-                if self.choice.token.is_cuda:
+                if together and self.choice.token.is_cuda:  # the same code writes no weights
                     stack.enter_context(weights_at_rest(self._model))
+                stack.enter_context(StepLaunches(self._backend, together))
             outputs = self._model(**self._inputs, return_dict=True)
         self.logits = outputs.logits[:, -1].to(torch.float32, copy=True)
         assert self._position is not None

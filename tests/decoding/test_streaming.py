@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.skinny_gated_linear import skinny_gated_linear
 from patchkit.decoding.kernels.skinny_linear import skinny_linear
 from patchkit.decoding.launches import StepLaunches, looks_through_torch
+from patchkit.step_graph import StepGraph
 from patchkit.testing import FAMILIES, reference_attention, tiny_model
 
 from .helpers import DEVICE, by_dtype, random
@@ -112,7 +113,33 @@ def test_only_parameters_are_at_rest_and_only_while_somebody_promises():
             assert read_ahead([other.weight]) and not read_ahead([module.weight])
             raise KeyError
         assert read_ahead([module.weight])
+        module.weight = nn.Parameter(torch.ones(4, 3))
+        assert not any(read_ahead([torch.ones(4, 3)]) for _ in range(100))
     assert not read_ahead([module.weight])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_step_reads_its_weights_ahead(monkeypatch, known):
+    model = patchkit.apply(tiny_model("llama").to(DEVICE), backend="triton")
+    ids, asked = torch.tensor([[5, 6, 7, 8]], device=DEVICE), []
+
+    def spy(weights):
+        asked.append(read_ahead(weights))
+        return asked[-1]
+
+    with torch.no_grad():
+        store = model(ids[:, :-1], use_cache=True)[CACHE_KEYWORD]
+        for kernel in (skinny_linear, skinny_gated_linear):
+            monkeypatch.setattr(f"{kernel.__module__}.read_ahead", spy)
+        monkeypatch.setattr("patchkit.step_graph.looks_through_torch", lambda _: known)
+        step = SimpleNamespace(_few=True, _model=model, _backend=model._patchkit.backend)
+        step.choice = SimpleNamespace(token=SimpleNamespace(is_cuda=True))
+        step._position = torch.tensor([[3]], device=DEVICE)
+        step._inputs = {"input_ids": ids[:, -1:], "position_ids": step._position}
+        step._inputs[CACHE_KEYWORD] = store
+        StepGraph._forward(step)
+    assert asked and set(asked) == {known}
+    assert not known or len(asked) == 4 * model.config.num_hidden_layers + 1  # and the head
 
 
 ONE = torch.ones

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +47,7 @@ def global_hooks() -> bool:
 
 
 class _AtRest(threading.local):
-    parameters: frozenset[int] = frozenset()
+    parameters: Mapping[int, nn.Parameter] = MappingProxyType({})  # by identity
 
 
 _at_rest = _AtRest()
@@ -59,7 +60,7 @@ def weights_at_rest(model: nn.Module) -> Iterator[None]:
     Nor may what was launched just before, and has not ended when the first kernel inside begins.
     """
     before = _at_rest.parameters
-    _at_rest.parameters = frozenset(map(id, model.parameters()))
+    _at_rest.parameters = {id(parameter): parameter for parameter in model.parameters()}
     try:
         yield
     finally:

@@ -253,7 +253,7 @@ class StepLaunches(TorchFunctionMode):
     ) -> Any:
         """Answer `Backend.run`: let an operation wait, or run it with or after what waits."""
         results: dict[str, Any] | None = None
-        given = options.keys() & {"out", "outs"}
+        given = options.keys() & {"out", "outs", "total"}
         if (area, op) == ("decoding", "rms_norm") and not given:
             results = self._norm_results(*args)
         elif (area, op) == ("moe", "combined_experts") and not given:

@@ -75,6 +75,7 @@ def _find_bin(histogram, inside, need):
     return found, tl.sum(tl.where(bins == found, at_least, 0), axis=0) - above, above
 
 
+@direct
 @triton.jit(do_not_specialize=["num_sinks", "width"])
 def _select_top_kernel(
     score_ptr,

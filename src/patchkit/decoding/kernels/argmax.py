@@ -54,6 +54,7 @@ def _argmax_kernel(
     tl.store(keys_ptr + row * tl.num_programs(1) + block, tl.max(key, axis=0))
 
 
+@direct
 @triton.jit
 def best_block_kernel(keys_ptr, out_ptr, num_blocks, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     wait_for_previous(EARLY)

@@ -251,9 +251,10 @@ def combined_experts(
     outs = (out, out if residual is None else residual, out if total is None else total)
     summed = {"TOP_K": top_k, "BLOCK_TOP": block_top, "ROUND_PRODUCT": scores.dtype == x.dtype}
     summed["HAS_RESIDUAL"] = residual is not None
-    # Of one or two products the compiler would fuse the last rounding with the sum, or with the
-    # residual. Elsewhere it cannot, and loads further ahead where it fuses.
-    summed["enable_fp_fusion"] = block_top > 2
+    # A product that is to be rounded must not be fused with what it is added to. Of more than two
+    # that are rounded to 16 bits none is, and the compiler loads further ahead where it may fuse.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    summed["enable_fp_fusion"] = half and scores.dtype == x.dtype and block_top > 2
     with torch.cuda.device_of(x):
         if shares_experts(index, weight):
             found = x.new_empty(tokens, top_k, num_outs)
