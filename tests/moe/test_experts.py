@@ -251,6 +251,7 @@ def test_a_residual_is_added_where_experts_are_summed_up(monkeypatch, family, ad
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.usefixtures("unwritten_is_nan")
 def test_whoever_looks_at_a_sum_of_experts_sees_it():
     backend = Backend("triton")
     x, down = random(2, 3, 40), random(EXPERTS, 30, 40, seed=1)
@@ -271,7 +272,7 @@ def test_whoever_looks_at_a_sum_of_experts_sees_it():
         doubled = summed()
         doubled = doubled.view(1, 2, 30) + doubled.reshape(1, 2, 30)
         part = residual[:, :1] + summed()[:1]
-        turned = summed().t().reshape(2, 30)
+        turned = summed().transpose(0, 1).reshape(2, 30)  # copies
         normed = backend.run("decoding", "rms_norm", x.device, summed(), down[0, 0, :30], eps=1e-6)
         left = summed()
     norm = reference_rms_norm(want, down[0, 0, :30], eps=1e-6)
