@@ -8,7 +8,7 @@ its predecessor have waited, and goes on when that has ended and its writes are 
 Every program has to call it, before its first access to memory: a later kernel relies on that its
 predecessor has waited for all that came before. One thing may be read ahead of it: weights that
 nobody writes. So a kernel fills the time in which its predecessor ends; see
-`decoding.eligibility.read_ahead`.
+`decoding.eligibility.may_read_ahead`.
 """
 
 from __future__ import annotations

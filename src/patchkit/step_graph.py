@@ -307,7 +307,7 @@ class StepGraph:
         with contextlib.ExitStack() as stack:
             if self._few:
                 together = looks_through_torch(self._model)
-                if together and self.choice.token.is_cuda:  # the same code writes no weights
+                if together and self.choice.token.is_cuda:  # known code, which writes none
                     stack.enter_context(weights_at_rest(self._model))
                 stack.enter_context(StepLaunches(self._backend, together))
             outputs = self._model(**self._inputs, return_dict=True)

@@ -14,7 +14,7 @@ import patchkit
 from patchkit.backends import Backend
 from patchkit.compat import CACHE_KEYWORD
 from patchkit.decoding import reference
-from patchkit.decoding.eligibility import read_ahead, weights_at_rest
+from patchkit.decoding.eligibility import may_read_ahead, weights_at_rest
 from patchkit.decoding.kernels.gated_activation import gated_activation
 from patchkit.decoding.kernels.skinny_gated_linear import skinny_gated_linear
 from patchkit.decoding.kernels.skinny_linear import skinny_linear
@@ -81,11 +81,11 @@ def test_weights_at_rest_are_read_ahead_to_the_same_bits(monkeypatch, sizes, wid
     weights, alone, asked = list(held), len(sizes) == 1, []
 
     def spy(weights):
-        asked.append(read_ahead(weights))
+        asked.append(may_read_ahead(weights))
         return asked[-1]
 
     for kernel in (skinny_linear, skinny_gated_linear):
-        monkeypatch.setattr(f"{kernel.__module__}.read_ahead", spy)
+        monkeypatch.setattr(f"{kernel.__module__}.may_read_ahead", spy)
     results = []
     for resting in (nn.ParameterList(), held):
         outs = outs_of(x, weights)
@@ -102,20 +102,20 @@ def test_weights_at_rest_are_read_ahead_to_the_same_bits(monkeypatch, sizes, wid
 
 def test_only_parameters_are_at_rest_and_only_while_somebody_promises():
     module, other = nn.Linear(3, 4), nn.Linear(3, 4)
-    assert not read_ahead([module.weight])
+    assert not may_read_ahead([module.weight])
     with weights_at_rest(module):
-        assert read_ahead([module.weight]) and read_ahead([module.weight, module.bias])
+        assert may_read_ahead([module.weight]) and may_read_ahead([module.weight, module.bias])
         for foreign in (other.weight, module.weight * 1, module.weight.data):
-            assert not read_ahead([module.weight, foreign])
+            assert not may_read_ahead([module.weight, foreign])
         with ThreadPoolExecutor(1) as pool:
-            assert not pool.submit(read_ahead, [module.weight]).result()
+            assert not pool.submit(may_read_ahead, [module.weight]).result()
         with pytest.raises(KeyError), weights_at_rest(other):
-            assert read_ahead([other.weight]) and not read_ahead([module.weight])
+            assert may_read_ahead([other.weight]) and not may_read_ahead([module.weight])
             raise KeyError
-        assert read_ahead([module.weight])
+        assert may_read_ahead([module.weight])
         module.weight = nn.Parameter(torch.ones(4, 3))
-        assert not any(read_ahead([torch.ones(4, 3)]) for _ in range(100))
-    assert not read_ahead([module.weight])
+        assert not any(may_read_ahead([torch.ones(4, 3)]) for _ in range(100))
+    assert not may_read_ahead([module.weight])
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -124,13 +124,13 @@ def test_a_step_reads_its_weights_ahead(monkeypatch, known):
     ids, asked = torch.tensor([[5, 6, 7, 8]], device=DEVICE), []
 
     def spy(weights):
-        asked.append(read_ahead(weights))
+        asked.append(may_read_ahead(weights))
         return asked[-1]
 
     with torch.no_grad():
         store = model(ids[:, :-1], use_cache=True)[CACHE_KEYWORD]
         for kernel in (skinny_linear, skinny_gated_linear):
-            monkeypatch.setattr(f"{kernel.__module__}.read_ahead", spy)
+            monkeypatch.setattr(f"{kernel.__module__}.may_read_ahead", spy)
         monkeypatch.setattr("patchkit.step_graph.looks_through_torch", lambda _: known)
         step = SimpleNamespace(_few=True, _model=model, _backend=model._patchkit.backend)
         step.choice = SimpleNamespace(token=SimpleNamespace(is_cuda=True))

@@ -1,4 +1,4 @@
-"""When a kernel may stand in for what a model would run."""
+"""When a kernel may stand in for what a model would run, and when it may read weights early."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ def weights_at_rest(model: nn.Module) -> Iterator[None]:
         _at_rest.parameters = before
 
 
-def read_ahead(weights: Sequence[Tensor]) -> bool:
+def may_read_ahead(weights: Sequence[Tensor]) -> bool:
     """Say whether a kernel may read weights before it waits: parameters that are at rest."""
     return all(id(weight) in _at_rest.parameters for weight in weights)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkit.decoding.eligibility import read_ahead
+from patchkit.decoding.eligibility import may_read_ahead
 from patchkit.decoding.kernels.gated_activation import gated
 from patchkit.decoding.kernels.skinny_linear import (
     INTERPRETED,
@@ -151,7 +151,7 @@ def skinny_gated_linear(
             HAS_GATE_BIAS=gate_bias is not None,
             HAS_UP_BIAS=up_bias is not None,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            AHEAD=tiles["BLOCK_M"] == 1 and read_ahead((gate, up)),
+            AHEAD=tiles["BLOCK_M"] == 1 and may_read_ahead((gate, up)),
             **launch_options(x.device, len(rows)),
             **tiles,
         )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkit.attention.kernels import shared_bytes
-from patchkit.decoding.eligibility import read_ahead
+from patchkit.decoding.eligibility import may_read_ahead
 from patchkit.decoding.reference import MOST_SKINNY_ROWS, is_skinny
 from patchkit.dependent_launch import launch_options, wait_for_previous
 from patchkit.direct_launch import direct
@@ -276,7 +276,7 @@ def skinny_linear(
             HAS_BIAS=biases is not None,
             HAS_RESIDUAL=residual is not None,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            AHEAD=tiles["BLOCK_M"] == 1 and read_ahead(weights),
+            AHEAD=tiles["BLOCK_M"] == 1 and may_read_ahead(weights),
             **launch_options(x.device, len(rows)),
             **tiles,
         )

@@ -43,7 +43,7 @@ def _weighted(found, score, dtype: tl.constexpr, ROUND_PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _store(
+def _store_sum(
     result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL: tl.constexpr
 ):
     # A block of a token's sum, rounded, and if there is a residual what both add up to.
@@ -108,7 +108,7 @@ def _combined_experts_kernel(
     weighted = tl.reshape(_weighted(found, score, dtype, ROUND_PRODUCT), (BLOCK_N, BLOCK_TOP))
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     result = tl.sum(weighted, axis=1).to(dtype)
-    _store(result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL)
+    _store_sum(result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL)
 
 
 @direct
@@ -180,7 +180,7 @@ def _sum_of_experts_kernel(
     found = tl.load(found_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
     result = tl.sum(_weighted(found, score[:, None], dtype, ROUND_PRODUCT), axis=0).to(dtype)
-    _store(result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL)
+    _store_sum(result, out_ptr, residual_ptr, total_ptr, token, offs_n, num_outs, HAS_RESIDUAL)
 
 
 def _blocks(width: int, block_top: int) -> dict[str, int]:
