@@ -225,15 +225,15 @@ def decoding(dtype: torch.dtype) -> None:
     logits = torch.zeros(2, 1000, dtype=dtype)
     ids = torch.tensor([1, 2, 3])
     argmax(logits)
-    alive = torch.ones(3, dtype=torch.bool)
+    sound, posted = torch.ones(3, dtype=torch.bool), torch.zeros(4, 5, dtype=torch.int64)
     for rows in (2, 32):  # launched early or not
         scores = torch.zeros(rows, 128256)
         for kept in ({"count": 1}, {"count": 50}, {"count": 500}, {"count": 5000}, {"mass": 0.9}):
             keep_top(scores, **kept)
         keep_top(scores, count=50, mass=0.9)
         keep_likely(scores, ratio=0.1)
-        sample(scores, scores, alive[0])
-    held = (ids[:, None], ids[:, None].repeat(1, 9), ids[:1], alive, alive[0])
+        sample(scores, scores, sound[0])
+    held = (ids[:, None], ids[:, None].repeat(1, 9), ids[:1], sound, sound[0], posted)
     settle(ids, *held)
     settle(ids, *held, ids[:1], ids[None])
     step, ended = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)

@@ -202,7 +202,7 @@ def _step(
             return taken
     # A power of two, so that prompts that keep growing need few new recordings.
     width = max(BUCKET, 1 << (limit - 1).bit_length())
-    choice = TokenChoice(batch_size, width, model.device, patch.backend)
+    choice = TokenChoice(batch_size, width, RUN_AHEAD + 1, model.device, patch.backend)
     return StepGraph(model, store, choice, patch.graphs, patch.backend)
 
 

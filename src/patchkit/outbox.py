@@ -1,8 +1,8 @@
 """What reaches the host while a decoding loop runs ahead of it: tokens, the end, logits, the draws.
 
-The device is never waited for. Copies to pinned memory are queued behind every step and looked at
-some steps later, so that the device never runs dry; what was computed past the end of the answer is
-never shown, and the random numbers it drew are given back.
+The device is never waited for. Every step posts its tokens in memory of the host, which is looked
+at some steps later, so that the device never runs dry; what was computed past the end of the answer
+is never shown, and the random numbers it drew are given back.
 """
 
 from __future__ import annotations
@@ -41,20 +41,18 @@ class History:
 
 
 @dataclass
-class _Slot:
-    """Pinned copies of one step.
+class _Step:
+    """One step that was queued.
 
     Attributes:
-        flags: `[2]` bool, see `TokenChoice.flags`.
-        tokens: `[B]` int64, or None without a streamer.
-        event: Recorded behind the copies, on a GPU.
+        post: `[B + 2]` int64, see `TokenChoice.posted`.
+        event: Recorded behind the step, on a GPU.
         draws: Where the random numbers stood after the step, if it draws any.
     """
 
-    flags: Tensor
-    tokens: Tensor | None
+    post: Tensor
     event: torch.cuda.Event | None
-    draws: Any = None
+    draws: Any
 
 
 class Outbox:
@@ -70,37 +68,22 @@ class Outbox:
     def __init__(self, choice: TokenChoice, streamer: Any, sampling: bool) -> None:
         self._choice, self._streamer = choice, streamer
         self._random = _Random(choice.token.device) if sampling else None
-        self._waiting: deque[_Slot] = deque()
-        self._free: list[_Slot] = []
+        # The length alone ends a call that watches nothing; its steps need not be looked at.
+        self._looks = choice.watches or streamer is not None
+        self._waiting: deque[_Step] = deque()
+        self._events: list[torch.cuda.Event] = []
         self._known = 0  # steps known to belong to the answer
         self._done = False
         self._draws: Any = None
 
-    def _slot(self) -> _Slot:
-        if self._free:
-            return self._free.pop()
-        cuda = self._choice.token.is_cuda
-        tokens = None
-        with torch.inference_mode(False):
-            flags = torch.empty(2, dtype=torch.bool, pin_memory=cuda)
-            if self._streamer is not None:
-                tokens = torch.empty(self._choice.token.shape[0], dtype=torch.long, pin_memory=cuda)
-        return _Slot(flags, tokens, torch.cuda.Event() if cuda else None)
-
     def push(self) -> None:
-        """Queue the copies of the step that was queued last."""
-        slot = self._slot()
-        if self._choice.watches:
-            slot.flags.copy_(self._choice.flags, non_blocking=True)
-        else:
-            slot.flags.fill_(True)
-        if slot.tokens is not None:
-            slot.tokens.copy_(self._choice.token[:, 0], non_blocking=True)
-        if self._random is not None:
-            slot.draws = self._random.position()
-        if slot.event is not None:
-            slot.event.record()
-        self._waiting.append(slot)
+        """Note the step that was queued last."""
+        event = None
+        if self._looks and self._choice.token.is_cuda:
+            event = self._events.pop() if self._events else torch.cuda.Event()
+            event.record()
+        draws = None if self._random is None else self._random.position()
+        self._waiting.append(_Step(self._choice.post, event, draws))
 
     def finished(self, run_ahead: int) -> bool:
         """Deliver all but the newest `run_ahead` steps; say whether one finished every row.
@@ -109,20 +92,22 @@ class Outbox:
             RuntimeError: a row was to be sampled from probabilities that are NaN.
         """
         while len(self._waiting) > run_ahead and not self._done:
-            slot = self._waiting.popleft()
-            if slot.event is not None and (self._choice.watches or slot.tokens is not None):
-                slot.event.synchronize()
-            alive, sound = slot.flags.tolist()
+            step = self._waiting.popleft()
+            self._known += 1
+            if not self._looks:
+                continue
+            if step.event is not None:
+                step.event.synchronize()
+                self._events.append(step.event)
+            alive, sound = step.post[:2].tolist()
             if not sound:
                 raise RuntimeError(
                     "expected probabilities to sample from, got NaN: the logits of a row are NaN, "
                     "or all -inf"
                 )
-            self._known += 1
-            if slot.tokens is not None:
-                self._streamer.put(slot.tokens.clone())
-            self._done, self._draws = not alive, slot.draws
-            self._free.append(slot)
+            if self._streamer is not None:
+                self._streamer.put(step.post[2:].clone())
+            self._done, self._draws = not alive, step.draws
         return self._done
 
     def close(self) -> int:

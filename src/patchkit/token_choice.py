@@ -55,6 +55,7 @@ class TokenChoice:
     Args:
         batch_size: Rows.
         width: Tokens per row that there is room for, prompt included.
+        posts: Steps that stay posted until later ones take their place.
         device: Of the logits.
         backend: Runs the kernels.
 
@@ -62,23 +63,30 @@ class TokenChoice:
         ids: `[B, width]` int64; the first `length` columns are valid.
         length: Prompt plus chosen tokens.
         token: `[B, 1]` int64, the newest token of every row.
-        flags: `[2]` bool: whether any row is unfinished, and whether every probability that was
-            drawn from was a number.
-        watches: Whether `flags` have anything to say: the length is not all that ends a call.
+        posted: `[posts, B + 2]` int64, in memory of the host. The step that filled column `c` lies
+            in row `c % posts`: whether any row is unfinished, whether every probability that was
+            drawn from was a number, and the tokens. The GPU writes it itself: a copy between two
+            replays would keep the second waiting (10 us on an H200).
+        watches: Whether `posted` can end a call, which otherwise its length alone does.
         scores: `[B, V]` float32, what the newest token was chosen from.
         history: Scores of earlier steps, if they are kept, for criteria that ask for them.
     """
 
     scores: Tensor
 
-    def __init__(self, batch_size: int, width: int, device: torch.device, backend: Backend) -> None:
+    def __init__(
+        self, batch_size: int, width: int, posts: int, device: torch.device, backend: Backend
+    ) -> None:
         self._backend = backend
         ids, flags = ({"dtype": kind, "device": device} for kind in (torch.int64, torch.bool))
         with torch.inference_mode(False):  # what is kept must serve any later mode
             self.ids = torch.zeros(batch_size, width, **ids)
             self.token = torch.zeros(batch_size, 1, **ids)
-            self.flags = torch.ones(2, **flags)
+            self.posted = torch.zeros(
+                posts, batch_size + 2, dtype=torch.int64, pin_memory=device.type == "cuda"
+            )
             self._unfinished = torch.ones(batch_size, **flags)
+            self._sound = torch.ones((), **flags)
             self._column = torch.zeros(1, **ids)
         self._ends: Tensor | None = None
         self._pad: Tensor | None = None
@@ -103,7 +111,7 @@ class TokenChoice:
         self.ids[:, : self.length] = input_ids
         self._column.fill_(self.length)
         self._unfinished.fill_(True)
-        self.flags.fill_(True)
+        self._sound.fill_(True)
         self.history: tuple[Tensor, ...] | None = None
         steps = merged(processors)
         with torch.inference_mode(False):
@@ -155,7 +163,7 @@ class TokenChoice:
         return addresses, self._sampling, tuple(processors)
 
     def choose(self, logits: Tensor) -> None:
-        """Write the next token of every row to `token` and `ids`, and refresh `flags`.
+        """Write the next token of every row to `token`, `ids` and `posted`.
 
         Only device operations, unless a custom processor or criterion brings others. The caller
         counts `length` with `advance`, since a recorded `choose` runs no Python.
@@ -169,25 +177,31 @@ class TokenChoice:
             else:  # which may keep what it gets
                 logits = process(self.ids[:, : self.length].clone(), logits.clone())
         self.scores = logits
-        run, alive = partial(self._backend.run, "decoding"), self.flags[0]
+        run = partial(self._backend.run, "decoding")
         if self._sampling:
-            chosen = draw(logits, self.flags[1], self._backend)
+            chosen = draw(logits, self._sound, self._backend)
         elif logits.dtype == torch.float64:  # of a custom processor; kernels know less
             chosen = logits.argmax(-1)
         else:
             chosen = run("argmax", logits.device, logits)
         device = self.ids.device
-        held = (self.token, self.ids, self._column, self._unfinished, alive)
+        held = (self.token, self.ids, self._column, self._unfinished, self._sound, self.posted)
         run("settle", device, chosen.to(device), *held, self._pad, self._ends)
         if self._criteria:
             scores = None if self.history is None else (*self.history, logits)
             done = self._criteria(self.ids[:, : self.length + 1].clone(), scores)
             self._unfinished &= ~done.to(self._unfinished.device)
-            alive.copy_(self._unfinished.any())
+            alive = self._unfinished.any().to(torch.int64)
+            self.posted[self.length % len(self.posted), 0].copy_(alive, non_blocking=True)
 
     def advance(self) -> None:
         """Count one chosen token on the host."""
         self.length += 1
+
+    @property
+    def post(self) -> Tensor:
+        """What the step counted last posts, `[B + 2]` int64, once a GPU has run it."""
+        return self.posted[(self.length - 1) % len(self.posted)]
 
     def sequences(self, length: int) -> Tensor:
         """Return the first `length` columns, prompt included, `[B, length]` int64."""

@@ -129,12 +129,15 @@ def state(rows, ends, pad, seed=0):
     wide = torch.full((rows, 9), -1)
     tensors = {
         "chosen": draw(6, rows), "token": torch.full((rows, 1), -1), "ids": wide[:, 1:8],
-        "column": torch.tensor([3]), "unfinished": draw(2, rows).bool(),
-        "alive": torch.tensor(True),
+        "column": torch.tensor([5]), "unfinished": draw(2, rows).bool(),
+        "sound": torch.tensor(seed % 2 == 0), "posted": torch.full((3, rows + 2), -1),
         "pad": torch.tensor(77) if pad else None,
         "ends": torch.tensor([ends]) if ends else None,
     }  # fmt: skip
-    return {name: None if t is None else t.to(DEVICE) for name, t in tensors.items()}
+    placed = {name: None if t is None else t.to(DEVICE) for name, t in tensors.items()}
+    if DEVICE != "cpu":
+        placed["posted"] = tensors["posted"].pin_memory()
+    return placed
 
 
 @BOTH
@@ -142,26 +145,38 @@ def state(rows, ends, pad, seed=0):
 @pytest.mark.parametrize("ends", [[], [4], [0, 5, 2], list(range(1, 40))])
 @pytest.mark.parametrize("rows", [1, 3, 200])
 def test_settle(rows, ends, pad, op):
-    got = state(rows, ends, pad)
+    got = state(rows, ends, pad, seed=len(ends))
     before = {k: None if v is None else v.clone() for k, v in got.items()}
     (settle if op == "kernel" else reference.settle)(**got)
     ids = before["ids"].clone()
     for row in range(rows):
         unfinished = before["unfinished"][row].item()
         token = before["chosen"][row].item() if unfinished or not pad else 77
-        ids[row, 3] = token
+        ids[row, 5] = token
         assert got["token"][row].item() == token
         assert got["unfinished"][row].item() == (unfinished and token not in ends)
     assert torch.equal(got["ids"], ids)
-    assert got["column"].item() == 4
-    assert got["alive"].item() == got["unfinished"].any().item()
+    assert got["column"].item() == 6
+    said = [got["unfinished"].any().item(), before["sound"].item(), *got["token"][:, 0].tolist()]
+    assert got["posted"].tolist() == [[-1] * (rows + 2), [-1] * (rows + 2), said]  # 5 % 3 == 2
+
+
+@BOTH
+def test_settle_posts_steps_in_turn(op):
+    got = state(2, [], False)
+    for step in range(4):  # columns 5 to 8; the last takes the place of the first
+        got["chosen"].fill_(step)
+        wide = got["ids"].new_zeros(2, 9)
+        (settle if op == "kernel" else reference.settle)(**got | {"ids": wide})
+    assert got["posted"][:, 2].tolist() == [1, 2, 3]
 
 
 def test_settle_of_finished_rows_says_that_nobody_is_alive():
     got = state(5, [1], True)
     got["unfinished"].fill_(False)
     settle(**got)
-    assert not got["alive"] and got["token"].tolist() == [[77]] * 5
+    assert got["posted"][2].tolist() == [0, 1, *[77] * 5]
+    assert got["token"].tolist() == [[77]] * 5
 
 
 @pytest.mark.parametrize(
@@ -177,6 +192,11 @@ def test_settle_of_finished_rows_says_that_nobody_is_alive():
         ("token", torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)[:, :1]),
         ("ends", torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)[:, 0]),
         ("column", torch.zeros(2, dtype=torch.int64)),
+        ("sound", torch.ones(1, dtype=torch.bool)),
+        ("posted", torch.zeros(4, 5)),
+        ("posted", torch.zeros(4, 3, dtype=torch.int64)),
+        ("posted", torch.zeros(0, 5, dtype=torch.int64)),
+        ("posted", torch.zeros(5, 4, dtype=torch.int64, device=DEVICE).T),
     ],
 )
 def test_settle_refuses(name, value):

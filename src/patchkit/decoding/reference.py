@@ -322,11 +322,12 @@ def settle(
     ids: Tensor,
     column: Tensor,
     unfinished: Tensor,
-    alive: Tensor,
+    sound: Tensor,
+    posted: Tensor,
     pad: Tensor | None = None,
     ends: Tensor | None = None,
 ) -> None:
-    """Write the tokens that were chosen, and note which rows they end.
+    """Write the tokens that were chosen, note which rows they end, and post both to the host.
 
     Args:
         chosen: `[B]` int64.
@@ -334,16 +335,20 @@ def settle(
         ids: `[B, W]` int64. Written at `column`.
         column: `[1]` int64. Grows by one.
         unfinished: `[B]` bool. False from now on in rows whose token is an end.
-        alive: `[]` bool. Written: whether any row is unfinished.
+        sound: `[]` bool. Posted.
+        posted: `[S, B + 2]` int64, in memory of the host. Row `column % S` is written: whether any
+            row is unfinished, `sound`, and the tokens.
         pad: `[]` or `[1]` int64. None: finished rows go on.
         ends: `[1, E]` or `[E]` int64. None: no token ends a row.
     """
     token.copy_((chosen if pad is None else torch.where(unfinished, chosen, pad))[:, None])
     ids.index_copy_(1, column, token)
-    column += 1
     if ends is not None:
         unfinished &= (token != ends).all(-1)
-    alive.copy_(unfinished.any())
+    posted[column.item() % len(posted)] = torch.cat(
+        [unfinished.any()[None], sound[None], token[:, 0]]
+    )
+    column += 1
 
 
 def wave(step: Tensor, amplitude: float, period: int, phase: float = 0.0) -> Tensor:

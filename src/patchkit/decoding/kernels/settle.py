@@ -25,11 +25,13 @@ def _settle_kernel(
     ids_ptr,
     column_ptr,
     unfinished_ptr,
-    alive_ptr,
+    sound_ptr,
+    posted_ptr,
     pad_ptr,
     ends_ptr,
     stride_ids,
     num_rows,
+    num_posts,
     num_ends,
     HAS_PAD: tl.constexpr,
     EARLY: tl.constexpr,
@@ -38,6 +40,7 @@ def _settle_kernel(
 ):
     wait_for_previous(EARLY)
     column = tl.load(column_ptr)
+    posted_ptr += column % num_posts * (num_rows + 2)
     alive = tl.full((), 0, tl.int32)
     for first in range(0, num_rows, BLOCK_B):
         row = first + tl.arange(0, BLOCK_B)
@@ -48,6 +51,7 @@ def _settle_kernel(
             token = tl.where(unfinished != 0, token, tl.load(pad_ptr))
         tl.store(token_ptr + row, token, mask=mask)
         tl.store(ids_ptr + row.to(tl.int64) * stride_ids + column, token, mask=mask)
+        tl.store(posted_ptr + 2 + row, token, mask=mask)
         for start in range(0, num_ends, BLOCK_E):
             offs = start + tl.arange(0, BLOCK_E)
             mask_e = (offs < num_ends)[None, :]
@@ -58,7 +62,8 @@ def _settle_kernel(
         alive = tl.maximum(alive, tl.max(unfinished, axis=0))
     tl.debug_barrier()  # every warp has loaded the column
     tl.store(column_ptr, column + 1)
-    tl.store(alive_ptr, alive.to(tl.int8))
+    tl.store(posted_ptr, alive.to(tl.int64))
+    tl.store(posted_ptr + 1, tl.load(sound_ptr).to(tl.int64))
 
 
 def settle(
@@ -67,11 +72,12 @@ def settle(
     ids: Tensor,
     column: Tensor,
     unfinished: Tensor,
-    alive: Tensor,
+    sound: Tensor,
+    posted: Tensor,
     pad: Tensor | None = None,
     ends: Tensor | None = None,
 ) -> None:
-    """Write the tokens that were chosen, and note which rows they end.
+    """Write the tokens that were chosen, note which rows they end, and post both to the host.
 
     Args:
         chosen: `[B]` int64, contiguous.
@@ -79,7 +85,9 @@ def settle(
         ids: `[B, W]` int64, last stride 1. Written at `column`, which is not checked.
         column: `[1]` int64. Grows by one.
         unfinished: `[B]` bool, contiguous. False from now on in rows whose token is an end.
-        alive: `[]` bool. Written: whether any row is unfinished.
+        sound: `[]` bool. Posted.
+        posted: `[S, B + 2]` int64, contiguous, pinned memory of the host or on the device. Row
+            `column % S` is written: whether any row is unfinished, `sound`, and the tokens.
         pad: `[]` or `[1]` int64. None: finished rows go on.
         ends: `[1, E]` or `[E]` int64, contiguous. None: no token ends a row.
 
@@ -92,7 +100,7 @@ def settle(
         "token": (token, torch.int64, (batch_size, 1)),
         "column": (column, torch.int64, (1,)),
         "unfinished": (unfinished, torch.bool, (batch_size,)),
-        "alive": (alive, torch.bool, ()),
+        "sound": (sound, torch.bool, ()),
         "pad": (pad, torch.int64, None),
         "ends": (ends, torch.int64, None),
     }
@@ -111,6 +119,14 @@ def settle(
             f"ids: expected int64 [{batch_size}, W] with last stride 1, got {ids.dtype} "
             f"{list(ids.shape)}, strides {ids.stride()}"
         )
+    reached = posted.device == ids.device or posted.is_pinned()
+    if not reached or posted.dtype != torch.int64 or not posted.is_contiguous():
+        raise ValueError(
+            f"posted: expected contiguous int64 on {ids.device} or in pinned memory, got "
+            f"{posted.dtype} on {posted.device}, strides {posted.stride()}"
+        )
+    if posted.ndim != 2 or posted.shape[0] == 0 or posted.shape[1] != batch_size + 2:
+        raise ValueError(f"posted: expected [S, {batch_size + 2}], got {list(posted.shape)}")
     num_ends = 0 if ends is None else ends.numel()
     with torch.cuda.device_of(chosen):
         _settle_kernel[(1,)](
@@ -119,11 +135,13 @@ def settle(
             ids,
             column,
             unfinished.view(torch.int8),
-            alive.view(torch.int8),
+            sound.view(torch.int8),
+            posted,
             column if pad is None else pad,
             column if ends is None else ends,
             ids.stride(0),
             batch_size,
+            posted.shape[0],
             num_ends,
             HAS_PAD=pad is not None,
             **launch_options(chosen.device, batch_size),
