@@ -71,15 +71,14 @@ def make_layer(
     query = torch.randn(1, HEADS, length, DIM, device="cuda", dtype=torch.bfloat16)
     layer._forward.begin(None)
     layer.update(key, value)
-    slots, counters, policy = layer._slots(), layer.counters(), dict(vars(layer.policy))
+    slots, counters, policy = layer.slots(), layer.counters(), dict(vars(layer.policy))
     full = layer.length.clone()
 
     def undo() -> None:
-        layer._hold(slots)
+        layer.hold(slots)
         layer.list_start = None
         layer.__dict__.update(counters)
         layer.policy.__dict__.update(policy)
-        layer.capacity = layer.keys.shape[2]
         layer.length.copy_(full)
 
     masking = {"scale": DIM**-0.5, "softcap": None, "sliding_window": None}

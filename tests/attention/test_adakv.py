@@ -13,7 +13,7 @@ import torch
 import patchkit
 from patchkit import AdaKV, SnapKV
 
-from .test_eviction import SNAP, TOLERANCE, build, feed, feed_into, positions, stream
+from .eviction_cases import SNAP, TOLERANCE, build, feed, feed_into, positions, stream
 
 
 def test_heads_share_the_slots_of_their_row():

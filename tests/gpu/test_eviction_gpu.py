@@ -11,7 +11,7 @@ import patchkit
 from patchkit import CAKE, H2O, AdaKV, SnapKV
 from patchkit.testing import left_padded_batch, tiny_model
 
-from ..attention.test_eviction import CASES, VOCAB, build, feed, positions, stream
+from ..attention.eviction_cases import CASES, VOCAB, build, feed, positions, stream
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,16 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from patchkit.attention.eviction import EvictionPolicy
 from patchkit.attention.forward_pass import ForwardPass
+from patchkit.attention.slots import BOUND, Slots
 from patchkit.backends import Backend
 from patchkit.compat import ordinary_tensors
 from patchkit.errors import CacheError
 
 BUCKET = 256
 """Granularity in tokens of a capacity that grows."""
-
-BOUND = 16
-"""Granularity in tokens of a capacity that a budget bounds."""
-
 
 _COUNTERS = ("columns", "filled", "rollback", "ragged", "ordered")
 """What the host knows of a layer between two forward passes."""
@@ -30,8 +27,8 @@ def _bucket(tokens: int, step: int = BUCKET) -> int:
     return max(1, math.ceil(tokens / step)) * step
 
 
-class StoreLayer(CacheLayerMixin):
-    """Keys, values and slot bookkeeping of one attention layer.
+class StoreLayer(Slots, CacheLayerMixin):
+    """The slots of one attention layer, filled by forward passes and emptied by a policy.
 
     A forward pass calls `update` (append the chunk, hand out the slots), attends, then calls
     `commit` (enforce the budget). The attention function registered by patchkit does the latter.
@@ -48,16 +45,6 @@ class StoreLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    keys: Tensor
-    values: Tensor
-    position: Tensor
-    length: Tensor
-    seen: Tensor
-    score: Tensor | None = None
-    list_start: Tensor | None = None
-    """`[B, H_kv]` int32: where heads keep lists of different sizes, those of a row share its slots,
-    and this says where each begins. None: every list has `capacity` slots of its own."""
-
     def __init__(
         self,
         forward: ForwardPass,
@@ -65,21 +52,20 @@ class StoreLayer(CacheLayerMixin):
         policy: EvictionPolicy | None = None,
         sliding_window: int | None = None,
     ) -> None:
-        super().__init__()
-        self.backend = backend
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
         if policy is None and sliding_window is not None:
             policy = EvictionPolicy(sliding_window - 1, sliding_window=sliding_window)
-        self.policy = policy
+        Slots.__init__(self, backend, policy)
+        CacheLayerMixin.__init__(self)
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
         self._forward = forward
         self.reset()
 
-    # -- allocation -------------------------------------------------------------------------
+    # -- between two passes -------------------------------------------------------------------
 
     def reset(self) -> None:
         """Drop every token and free the memory."""
-        self.keys = self.values = self.score = self.list_start = None
+        self.free()
         self.is_initialized = False
         self.columns = 0
         self.filled = 0  # host-side upper bound on `length`
@@ -87,11 +73,9 @@ class StoreLayer(CacheLayerMixin):
         self.ragged = False  # rows may differ in length or hold holes
         self.ordered = True  # positions ascend with the slots
         self.record_past = False  # see `activate_past_recording`
-        self.capacity = 0
         self._step = self._forward.step
         self._open = 0  # tokens appended but not yet committed
         self.overdue = False  # an eviction was deferred for `crop`
-        self._spare: dict[str, Tensor] | None = None
 
     def restart(self) -> dict[str, Tensor] | None:
         """Drop every token, but keep the slots for the next ones, at the same addresses.
@@ -101,65 +85,23 @@ class StoreLayer(CacheLayerMixin):
         """
         spare = self.tensors() if self.is_initialized else None
         self.reset()
-        self._spare = spare
+        self.spare = spare
         return spare
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, heads, dtype and device from the first chunk `[B, H_kv, T, D]`."""
-        batch_size, num_kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
         if torch.is_autocast_enabled(self.device.type):  # RoPE leaves it for float32
             self.dtype = torch.get_autocast_dtype(self.device.type)
-        if not self._spare_suits(key_states.shape, value_states.shape):
-            self._spare = None
-        if self._spare is not None and self.policy is None:
-            self._hold(self._spare)
-            self.capacity, self._spare = self.keys.shape[2], None
-            self.is_initialized = True
-            return
-        slots = {"dtype": self.dtype, "device": self.device}
-        counters = {"dtype": torch.int32, "device": self.device}
-        with ordinary_tensors():
-            self.keys = torch.zeros(batch_size, num_kv_heads, 0, key_states.shape[-1], **slots)
-            self.values = torch.zeros(batch_size, num_kv_heads, 0, value_states.shape[-1], **slots)
-            self.position = torch.full((batch_size, num_kv_heads, 0), -1, **counters)
-            if self.policy is not None and self.policy.scored:
-                self.score = torch.zeros(batch_size, num_kv_heads, 0, device=self.device)
-            if self._spare is None:
-                self.length = torch.zeros(batch_size, num_kv_heads, **counters)
-                self.seen = torch.zeros(batch_size, num_kv_heads, **counters)
-            else:  # whose slots wait for what a budget leaves of the prompt; see `keep`
-                self.length, self.seen = self._spare["length"], self._spare["seen"]
-            if self.policy is not None:
+        self.allocate(key_states.shape, value_states.shape)
+        if self.policy is not None:
+            with ordinary_tensors():
                 self.policy.allocate(self)
         self.is_initialized = True
-
-    def _spare_suits(self, key_shape: torch.Size, value_shape: torch.Size) -> bool:
-        """Say whether `restart` has kept tensors for this batch size, dtype and device."""
-        if self._spare is None:
-            return False
-        lists = self._spare["length"].shape
-        for held, shape in ((self._spare["keys"], key_shape), (self._spare["values"], value_shape)):
-            alike = lists == shape[:2] and held.shape[3] == shape[3]
-            if not alike or held.dtype != self.dtype or held.device != self.device:
-                return False
-        return True
-
-    @property
-    def batch_size(self) -> int:
-        """Rows held, or -1 before the first token."""
-        return self.keys.shape[0] if self.is_initialized else -1
 
     @property
     def _per_head(self) -> bool:
         return self.policy is not None and self.policy.per_head
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes of keys, values and slot bookkeeping."""
-        if not self.is_initialized:
-            return 0
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
     @property
     def dense_bytes(self) -> int:
@@ -169,23 +111,10 @@ class StoreLayer(CacheLayerMixin):
         width = self.keys.shape[3] + self.values.shape[3]
         return self.length.numel() * self.columns * width * self.keys.element_size()
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes that one slot takes in every row and head together."""
-        per_list = sum(
-            tensor.element_size() * (tensor.shape[3] if tensor.ndim == 4 else 1)
-            for tensor in self._slots().values()
-        )
-        return self.length.numel() * per_list
-
-    def slots_within(self, most_bytes: int) -> int:
-        """Return how many slots per head can be allocated in so many bytes."""
-        return most_bytes // self.slot_bytes // BOUND * BOUND
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a layer between two passes holds: its tensors, and the host's bookkeeping."""
         tensors = self.tensors() if self.is_initialized else {}
-        for name in self._slots() if self.list_start is None else ():
+        for name in self.slots() if self.list_start is None else ():
             tensors[name] = tensors[name][:, :, : self.filled]
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return tensors, counters | {"policy": self.policy and self.policy.counters()}
@@ -198,59 +127,11 @@ class StoreLayer(CacheLayerMixin):
         if not tensors:
             return
         self.is_initialized = True
-        self._hold(tensors)
+        self.hold(tensors)
         self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.capacity = self.keys.shape[2]
         if self.policy is not None:
             self.policy.load_counters(policy)
             self._reserve(1)
-
-    def _slots(self) -> dict[str, Tensor]:
-        """Return the tensors `[B, H_kv, capacity, ...]`, or `[B, 1, capacity, ...]` if shared."""
-        held = {name: getattr(self, name) for name in ("keys", "values", "position", "score")}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the layer by its name."""
-        held = self._slots() | {"length": self.length, "seen": self.seen}
-        if self.list_start is not None:
-            held["list_start"] = self.list_start
-        return held if self.policy is None else held | self.policy.tensors()
-
-    def _hold(self, tensors: dict[str, Tensor]) -> None:
-        """Replace tensors of the layer and its policy."""
-        for name, tensor in tensors.items():
-            setattr(self if name in StoreLayer.__annotations__ else self.policy, name, tensor)
-
-    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys, values and positions, `[B, H_kv, capacity, ...]`, as operations take them.
-
-        `keys`, `values` and `position` themselves, and `score` beside `scores`, are the memory.
-        """
-        if self.list_start is None:
-            return self.keys, self.values, self.position
-        heads = self.list_start.shape[1]
-        return (
-            self.keys.expand(-1, heads, -1, -1),
-            self.values.expand(-1, heads, -1, -1),
-            self.position.expand(-1, heads, -1),
-        )
-
-    def _empty_slots(
-        self, capacity: int, *, shared: bool = False, filled: bool = True
-    ) -> dict[str, Tensor]:
-        """Allocate slots for every list, or for every row; empty ones unless they need not be.
-
-        A masked slot still multiplies its value with a weight of exactly 0, so no NaN may remain.
-        """
-        lists = (self.length.shape[0], 1 if shared else self.length.shape[1])
-        slots = {}
-        with ordinary_tensors():
-            for name, tensor in self._slots().items():
-                slots[name] = tensor.new_empty((*lists, capacity, *tensor.shape[3:]))
-                if filled:
-                    slots[name].fill_(-1 if name == "position" else 0)
-        return slots
 
     def _reserve(self, new_tokens: int) -> None:
         needed = self.filled + new_tokens
@@ -259,11 +140,7 @@ class StoreLayer(CacheLayerMixin):
         capacity = _bucket(needed)
         if self.policy is not None and needed <= self.policy.highest + 1:
             capacity = min(capacity, _bucket(self.policy.highest + 1, BOUND))
-        slots = self._empty_slots(capacity)
-        for name, tensor in self._slots().items():
-            slots[name][:, :, : self.filled] = tensor[:, :, : self.filled]
-        self._hold(slots)
-        self.capacity = self.keys.shape[2]
+        self.grow(capacity, self.filled)
 
     # -- one forward pass -------------------------------------------------------------------
 
@@ -342,12 +219,6 @@ class StoreLayer(CacheLayerMixin):
         return keys[:, :, :shown], values[:, :, :shown]
 
     @property
-    def scores(self) -> Tensor:
-        """`[B, H_kv, capacity]` float32 of a layer whose policy ranks by score."""
-        assert self.score is not None
-        return self.score.expand(-1, self.length.shape[1], -1)
-
-    @property
     def newest(self) -> int:
         """Tokens of the pass that is under way."""
         return self._open
@@ -412,7 +283,7 @@ class StoreLayer(CacheLayerMixin):
         new_tokens, self._open = self._open, 0
         if self.policy is not None:
             self.policy.commit(self, new_tokens)
-            self._spare = None  # slots that this prompt did not need
+            self.spare = None  # slots that this prompt did not need
 
     def shrinks(self, most: int) -> bool:
         """Say whether slots for `most` tokens per list take less memory than those there are."""
@@ -430,13 +301,13 @@ class StoreLayer(CacheLayerMixin):
         """
         policy = self.policy
         if policy is None or policy.shared_total is None:
-            self._move(keep, count, _bucket(most + 1, BOUND), None)
+            self.move(keep, count, _bucket(most + 1, BOUND), None)
         else:
             room = policy.budget + 1  # a step appends before it evicts
             with ordinary_tensors():
                 list_start = (room.cumsum(-1) - room).int().clone()
             capacity = _bucket(policy.shared_total + room.shape[1], BOUND)
-            self._move(keep, count, capacity, list_start)
+            self.move(keep, count, capacity, list_start)
         self.filled = min(self.filled, most)
         self.rollback = 0
         self.overdue = False
@@ -446,39 +317,7 @@ class StoreLayer(CacheLayerMixin):
         self.filled = int(self.length.max())  # the bound may be as large as all heads together
         every = torch.arange(self.filled, dtype=torch.int32, device=self.device)
         every = every.expand(*self.length.shape, -1)
-        self._move(every, self.length, _bucket(self.filled + new_tokens), None)
-
-    def _move(self, keep: Tensor, count: Tensor, capacity: int, list_start: Tensor | None) -> None:
-        """Copy tokens into other slots, in lists that begin at `list_start` if that is given."""
-        spare, self._spare = self._spare, None
-        shared = list_start is not None
-        if spare and spare["keys"].shape[2] == capacity and ("list_start" in spare) == shared:
-            slots = {name: spare[name] for name in self._slots()}
-        else:  # where lists have slots of their own, what lies behind them is emptied below
-            spare = None
-            slots = self._empty_slots(capacity, shared=shared, filled=shared)
-        score, heads = slots.get("score"), self.length.shape[1]
-        self.backend.run(
-            "attention",
-            "compact",
-            self.device,
-            *self.lists(),
-            self.length,
-            keep,
-            count,
-            slots["keys"].expand(-1, heads, -1, -1),
-            slots["values"].expand(-1, heads, -1, -1),
-            slots["position"].expand(-1, heads, -1),
-            None if self.score is None else self.scores,
-            None if score is None else score.expand(-1, heads, -1),
-            self.list_start,
-            list_start,
-        )
-        self._hold(slots)
-        self.capacity = self.keys.shape[2]
-        if list_start is not None and spare is not None:  # recorded steps know the address
-            list_start = spare["list_start"].copy_(list_start)
-        self.list_start = list_start
+        self.move(every, self.length, _bucket(self.filled + new_tokens), None)
 
     # -- replayed steps -----------------------------------------------------------------------
 
@@ -577,16 +416,14 @@ class StoreLayer(CacheLayerMixin):
         if self.is_initialized:
             with ordinary_tensors():
                 held = self.tensors().items()
-                self._hold(
-                    {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in held}
-                )
+                self.hold({name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in held})
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows only."""
         if self.is_initialized:
             with ordinary_tensors():
                 chosen, held = indices.to(self.device), self.tensors()
-                self._hold({name: tensor[chosen] for name, tensor in held.items()})
+                self.hold({name: tensor[chosen] for name, tensor in held.items()})
 
     def offload(self) -> None:
         """Refuse: the slots of a step must stay where its kernels expect them."""
