@@ -367,7 +367,7 @@ def same(got, want):
 
 
 def test_equal_settings_keep_their_addresses_from_call_to_call():
-    choice = TokenChoice(3, WIDTH, torch.device("cpu"), Backend())
+    choice = TokenChoice(3, WIDTH, 4, torch.device("cpu"), Backend())
     recipes = []
     for lengths, changes in (
         (LENGTHS, {}),
@@ -386,7 +386,7 @@ def test_equal_settings_keep_their_addresses_from_call_to_call():
     "changes", [{"penalty": 1.4}, {"end": [5, 8, 9]}, {"bias": {(3, 9, 8): 2.0, (8,): -1.0}}]
 )
 def test_other_settings_are_another_recipe(changes):
-    choice = TokenChoice(3, WIDTH, torch.device("cpu"), Backend())
+    choice = TokenChoice(3, WIDTH, 4, torch.device("cpu"), Backend())
     run(choice, batch(), own_list(PROMPT))
     before = choice.recipe
     got = run(choice, batch(), own_list(PROMPT, **changes))
@@ -401,7 +401,7 @@ def test_one_processor_on_the_host_keeps_its_place():
     def mixed():
         return LogitsProcessorList([*own_list(PROMPT)[:3], Sharper(0.3), *own_list(PROMPT)[3:]])
 
-    choice = TokenChoice(3, WIDTH, torch.device("cpu"), Backend())
+    choice = TokenChoice(3, WIDTH, 4, torch.device("cpu"), Backend())
     run(choice, batch(), own_list(PROMPT))
     got = run(choice, batch(), mixed())
     assert same(got, run_on_the_host(batch(), mixed()))

@@ -77,7 +77,7 @@ class Outbox:
         self._draws: Any = None
 
     def push(self) -> None:
-        """Note the step that was queued last."""
+        """Note the step that was queued last, once `TokenChoice.advance` has counted it."""
         event = None
         if self._looks and self._choice.token.is_cuda:
             event = self._events.pop() if self._events else torch.cuda.Event()
@@ -91,6 +91,7 @@ class Outbox:
         Raises:
             RuntimeError: a row was to be sampled from probabilities that are NaN.
         """
+        assert run_ahead < len(self._choice.posted), "a step would be overwritten unseen"
         while len(self._waiting) > run_ahead and not self._done:
             step = self._waiting.popleft()
             self._known += 1

@@ -55,7 +55,8 @@ class TokenChoice:
     Args:
         batch_size: Rows.
         width: Tokens per row that there is room for, prompt included.
-        posts: Steps that stay posted until later ones take their place.
+        posts: Steps that stay posted until later ones take their place: at least those that the
+            host queues before it has looked at the first.
         device: Of the logits.
         backend: Runs the kernels.
 
@@ -110,6 +111,9 @@ class TokenChoice:
         self.length = input_ids.shape[1]
         self.ids[:, : self.length] = input_ids
         self._column.fill_(self.length)
+        # Torch gives pinned memory away once its tensor is gone and the copies that it knows of are
+        # done; it knows of no kernel. After this copy it waits for all that the stream has queued.
+        self.posted[0, :1].copy_(self._column, non_blocking=True)
         self._unfinished.fill_(True)
         self._sound.fill_(True)
         self.history: tuple[Tensor, ...] | None = None

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import patchkit
-from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget, Window
+from patchkit import TIP, BudgetForcing, CyclicReflex, ThinkingBudget, Window, engine
 from patchkit.testing import left_padded_batch, tiny_model
 from tests.decoding.helpers import call
 
@@ -60,6 +60,16 @@ def test_a_growing_store_is_recorded_anew():
     model = patchkit.apply(build())
     assert torch.equal(tokens_of(model, 1400), tokens_of(build(), 1400))
     assert patchkit.report(model).steps["recorded"] >= 2
+
+
+def test_memory_of_the_host_is_not_given_away_while_steps_write_to_it():
+    model = patchkit.apply(build())
+    tokens_of(model)  # builds the kernels
+    for _ in range(3):
+        tokens_of(model, 400, return_dict_in_generate=True)  # comes back before the GPU is done
+        other = torch.zeros((engine.RUN_AHEAD + 1) * (3 + 2), dtype=torch.int64, pin_memory=True)
+        torch.cuda.synchronize()
+        assert not other.any()
 
 
 def lora(model, seed=0, rank=4):

@@ -17,11 +17,17 @@ BOUND = 16
 """Granularity in tokens of a capacity that a budget bounds."""
 
 _PER_SLOT = ("keys", "values", "position", "score")
+"""Tensors with an entry for every slot."""
+
 _PER_LIST = ("length", "seen", "list_start")
+"""Tensors with an entry for every list."""
 
 
 class Slots:
     """Keys, values, positions and scores of every slot, and the lists of slots in use.
+
+    Whoever fills them says when there are tensors (`is_initialized`) and, before they are
+    allocated, of which `dtype` and on which `device`.
 
     Args:
         backend: Moves tokens from slot to slot.
@@ -57,9 +63,10 @@ class Slots:
 
     def __init__(self, backend: Backend, policy: EvictionPolicy | None) -> None:
         self.backend, self.policy = backend, policy
+        self.free()
 
     def free(self) -> None:
-        """Drop all tensors."""
+        """Let go of keys, values and scores; of an empty layer nobody reads the rest."""
         self.keys = self.values = self.score = self.list_start = self.spare = None
         self.capacity = 0
 
@@ -166,9 +173,9 @@ class Slots:
         return self.score.expand(-1, self.length.shape[1], -1)
 
     def _empty(
-        self, capacity: int, *, shared: bool = False, filled: bool = True
+        self, capacity: int, *, shared: bool = False, cleared: bool = True
     ) -> dict[str, Tensor]:
-        """Allocate slots for every list, or for every row; empty ones unless they need not be.
+        """Allocate slots for every list, or for every row; free ones unless they need not be.
 
         A masked slot still multiplies its value with a weight of exactly 0, so no NaN may remain.
         """
@@ -177,7 +184,7 @@ class Slots:
         with ordinary_tensors():
             for name, tensor in self.slots().items():
                 slots[name] = tensor.new_empty((*lists, capacity, *tensor.shape[3:]))
-                if filled:
+                if cleared:
                     slots[name].fill_(-1 if name == "position" else 0)
         return slots
 
@@ -204,7 +211,7 @@ class Slots:
             slots = {name: spare[name] for name in self.slots()}
         else:  # where lists have slots of their own, what lies behind them is emptied below
             spare = None
-            slots = self._empty(capacity, shared=shared, filled=shared)
+            slots = self._empty(capacity, shared=shared, cleared=shared)
         score, heads = slots.get("score"), self.length.shape[1]
         self.backend.run(
             "attention",

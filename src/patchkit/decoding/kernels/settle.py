@@ -1,6 +1,7 @@
 """Triton kernel that writes chosen tokens and finds which rows have ended; see `reference.settle`.
 
-A dozen operations on a few numbers, each a launch in eager PyTorch, in one program.
+A dozen operations on a few numbers, each a launch in eager PyTorch, in one program. What the host
+is to know of them goes straight to its memory.
 """
 
 from __future__ import annotations
