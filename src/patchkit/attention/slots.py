@@ -41,8 +41,8 @@ class Slots:
         length: `[B, H_kv]` int32, slots in use.
         seen: `[B, H_kv]` int32, columns consumed.
         list_start: `[B, H_kv]` int32: where heads keep lists of different sizes, those of a row
-            share its slots (then the above have 1 in place of H_kv), and this says where each
-            begins. None: every list has C slots of its own.
+            share its slots (what there is per slot then has 1 in place of H_kv), and this says
+            where each begins. None: every list has C slots of its own.
         capacity: C.
         spare: Tensors of earlier tokens, whose addresses the next ones are to take over.
     """
