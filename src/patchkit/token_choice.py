@@ -64,10 +64,10 @@ class TokenChoice:
         ids: `[B, width]` int64; the first `length` columns are valid.
         length: Prompt plus chosen tokens.
         token: `[B, 1]` int64, the newest token of every row.
-        posted: `[posts, B + 2]` int64, in memory of the host. The step that filled column `c` lies
-            in row `c % posts`: whether any row is unfinished, whether every probability that was
-            drawn from was a number, and the tokens. The GPU writes it itself: a copy between two
-            replays would keep the second waiting (10 us on an H200).
+        posted: `[posts, B + 2]` int64, a ring in memory of the host. The step that filled column
+            `c` lies in row `c % posts`: whether any row is unfinished, whether every probability
+            that was drawn from was a number, and the tokens. The GPU writes it itself: a copy
+            between two replays would keep the second waiting (10 us on an H200).
         watches: Whether `posted` can end a call, which otherwise its length alone does.
         scores: `[B, V]` float32, what the newest token was chosen from.
         history: Scores of earlier steps, if they are kept, for criteria that ask for them.
