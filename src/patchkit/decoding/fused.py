@@ -89,10 +89,11 @@ class Fused:
 def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Normalise `[..., D]`; the forward of a fused norm."""
     fused: Fused = self.__dict__["_patchkit"]
+    if not fused.serves(self, args, kwargs):
+        return type(self).forward(self, *args, **kwargs)
     weight, formula = self.weight, fused.formula
     assert isinstance(formula, Norm)
-    alike = args and args[0].dtype == weight.dtype and args[0].device == weight.device
-    if not alike or not fused.serves(self, args, kwargs):
+    if args[0].dtype != weight.dtype or args[0].device != weight.device:
         return type(self).forward(self, *args, **kwargs)
     return fused.backend.run(
         "decoding",
@@ -109,10 +110,11 @@ def rms_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 def gated_mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Map `[..., D]` to `[..., D]`; the forward of a fused MLP."""
     fused: Fused = self.__dict__["_patchkit"]
+    if not fused.serves(self, args, kwargs):
+        return type(self).forward(self, *args, **kwargs)
     formula, act_fn = fused.formula, self.act_fn
     assert isinstance(formula, GatedMLP)
-    own = type(act_fn) is not formula.act_fn or not untouched(act_fn)
-    if own or not fused.serves(self, args, kwargs):
+    if type(act_fn) is not formula.act_fn or not untouched(act_fn):
         return type(self).forward(self, *args, **kwargs)
     (x,) = args
     plain = all(_plain_linear(part) for part in (self.gate_proj, self.up_proj, self.down_proj))

@@ -46,17 +46,18 @@ def append(
             then, which is much cheaper on a CPU. Needs `valid` and `list_start` to be None.
         list_start: `[B, H]` int32, see above. None: every list has C slots of its own.
     """
-    row, head = list_indices(keys)
     num_tokens = new_keys.shape[2]
-    tokens = torch.arange(num_tokens, device=keys.device)  # [T]
     if start is not None:
-        slots = slice(start, start + num_tokens)
-        keys[:, :, slots] = new_keys
-        values[:, :, slots] = new_values
-        position[:, :, slots] = seen.unsqueeze(-1) + tokens
+        column = seen.unsqueeze(-1)
+        if num_tokens > 1:  # a step on a CPU is made of small operations
+            column = column + torch.arange(num_tokens, device=keys.device)
+        for data, new in ((keys, new_keys), (values, new_values), (position, column)):
+            data.narrow(2, start, num_tokens).copy_(new)
         length += num_tokens
         seen += num_tokens
         return
+    row, head = list_indices(keys)
+    tokens = torch.arange(num_tokens, device=keys.device)  # [T]
     if valid is None:
         slot = length.unsqueeze(-1) + tokens
         if list_start is not None:
